@@ -1,0 +1,306 @@
+"""The transformer: a Llama-shaped GPT in one file, read from the bottom of the network to the top.
+
+    token ids -> embedding -> [ RMSNorm -> attention -> +  RMSNorm -> MLP -> + ] x layers -> RMSNorm -> logits
+
+Every parameter and every config field carries Hugging Face Llama's own name
+(`model.layers.0.self_attn.q_proj.weight`, `num_key_value_heads`), so a real checkpoint loads as it stands.
+This file knows nothing of LoRA, of quantization or of training; those wrap it from outside.
+
+Letters in the shape comments:
+    B batch   T new tokens   S all tokens, past ones included   C hidden_size
+    H query heads   K key/value heads   D head_dim   V vocab_size
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model. Raises ValueError on a shape that cannot be built."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096  # C, the width of the residual stream
+    intermediate_size: int = 11008  # the width inside the MLP
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32  # H
+    num_key_value_heads: int | None = None  # K; fewer than H is grouped-query attention. None: as many as H
+    head_dim: int | None = None  # D; None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 4096  # the longest sequence
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0  # the slowest rotary wavelength is about 2 pi times this, in tokens
+    rope_scaling: dict | None = None  # {"rope_type": "linear" | "llama3", "factor": ...} to reach longer sequences
+    tie_word_embeddings: bool = False  # True: the output head is the embedding matrix itself
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not divisible by "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs of features")
+        if self.rope_scaling and self.rope_scaling.get("rope_type") not in ("linear", "llama3"):
+            raise ValueError(f"rope_type {self.rope_scaling.get('rope_type')!r} is not supported (linear, llama3)")
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "GPTConfig":
+        """A named shape, with fields changed at will: `GPTConfig.preset("llama-2-7b", num_hidden_layers=2)`."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
+
+
+def _llama(hidden, intermediate, layers, heads, kv_heads=None, **other) -> dict:
+    return dict(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        **other,
+    )
+
+
+_LLAMA3_ROPE = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+)
+PRESETS = {
+    # the base that ships in data/base
+    "base": _llama(192, 512, 6, 6, 2, vocab_size=3072, max_position_embeddings=512, tie_word_embeddings=True),
+    "tinyllama-1.1b": _llama(2048, 5632, 22, 32, 4, max_position_embeddings=2048),
+    "llama-7b": _llama(4096, 11008, 32, 32, max_position_embeddings=2048, rms_norm_eps=1e-6),
+    "llama-13b": _llama(5120, 13824, 40, 40, max_position_embeddings=2048, rms_norm_eps=1e-6),
+    "llama-33b": _llama(6656, 17920, 60, 52, max_position_embeddings=2048, rms_norm_eps=1e-6),
+    "llama-65b": _llama(8192, 22016, 80, 64, max_position_embeddings=2048, rms_norm_eps=1e-5),
+    "llama-2-7b": _llama(4096, 11008, 32, 32),
+    "llama-2-70b": _llama(8192, 28672, 80, 64, 8),
+    "llama-3.1-8b": _llama(
+        4096,
+        14336,
+        32,
+        32,
+        8,
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        rope_theta=500000.0,
+        rope_scaling=_LLAMA3_ROPE,
+    ),
+}
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x²) + eps) · weight, computed in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rotary_frequencies(config: GPTConfig, device=None) -> Tensor:
+    """Angle per token of each feature pair: theta^(-2i/D), (D/2,), stretched for long contexts where asked."""
+    exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    frequencies = config.rope_theta**-exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling["rope_type"] == "linear":
+        return frequencies / scaling["factor"]
+    # llama3: long wavelengths are stretched by `factor`, short ones stay, between the two a straight blend.
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # over the original context
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (blend + (1 - blend) / scaling["factor"])
+
+
+def rotary_cos_sin(config: GPTConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """positions (B or 1, T) -> cos and sin of every feature's angle, each (B or 1, 1, T, D)."""
+    angles = positions[..., None].float() * rotary_frequencies(config, positions.device)  # (B, T, D/2)
+    angles = torch.cat([angles, angles], dim=-1)[:, None]  # (B, 1, T, D): one angle per pair, the same for each head
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns feature pairs (i, i + D/2) of x (B, H, T, D) by their angle, so q·k depends on distance only (Su 2021)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the tokens already seen, per layer (B, K, S, D), so that each new token is computed once.
+
+    It grows by concatenation, which keeps autograd intact: a trained prefix is simply a cache that does not start
+    empty. `padding` (B,) counts the pad tokens at the left of each row, for prompts of different lengths.
+    """
+
+    def __init__(self, padding: Tensor | None = None):
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.padding = padding
+
+    def __len__(self) -> int:
+        return self.layers[0][0].shape[2] if self.layers else 0
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends keys and values (B, K, T, D) of the new tokens; returns those of all tokens (B, K, S, D)."""
+        if layer in self.layers:
+            past_keys, past_values = self.layers[layer]
+            keys, values = torch.cat([past_keys, keys], dim=2), torch.cat([past_values, values], dim=2)
+        self.layers[layer] = keys, values
+        return keys, values
+
+
+def attention_mask(new: int, past: int, padding: Tensor | None, device) -> Tensor | None:
+    """True where a query may look, (B or 1, 1, T, S); None where plain causal attention says it all."""
+    if padding is None and (past == 0 or new == 1):
+        return None
+    key = torch.arange(past + new, device=device)
+    query = torch.arange(past, past + new, device=device)[:, None]
+    mask = (key <= query)[None, None]  # (1, 1, T, S)
+    if padding is not None:
+        real = key >= padding[:, None]  # (B, S)
+        mask = mask & real[:, None, None] | (key == query)  # a pad token sees itself: no row is empty, no NaN
+    return mask
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions: softmax(q kᵀ / sqrt(D)) v, each k and v shared by H/K queries."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        C, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(C, config.num_attention_heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, C, bias=bias)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
+        causal = mask is None and T > 1
+        grouped = q.shape[1] != k.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, D) -> (B, T, H·D) -> (B, T, C)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) ⊙ up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        C, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(C, inner, bias=bias)
+        self.up_proj = nn.Linear(C, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, C, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One layer: attention, then the MLP, each on a normalised copy and added back to the residual stream."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the last norm: ids (B, T) or embeddings (B, T, C) -> hidden states (B, T, C)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Block(config, layer) for layer in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False  # True: keep only each block's input, compute the rest again in backward
+
+    def forward(self, input_ids: Tensor | None, cache: KVCache | None = None, inputs_embeds: Tensor | None = None):
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        T, past, padding = x.shape[1], 0, None
+        if cache is not None:
+            past, padding = len(cache), cache.padding
+        limit = self.config.max_position_embeddings
+        if past + T > limit:
+            raise ValueError(f"a sequence of {past + T} tokens is longer than the model's {limit}")
+        positions = torch.arange(past, past + T, device=x.device)[None]  # (1, T)
+        if padding is not None:
+            positions = (positions - padding[:, None]).clamp(min=0)  # (B, T): a row's first real token is at 0
+        rotary = rotary_cos_sin(self.config, positions)
+        mask = attention_mask(T, past, padding, x.device)
+        for layer in self.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rotary, mask, cache, use_reentrant=False)
+            else:
+                x = layer(x, rotary, mask, cache)
+        return self.norm(x)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError:
+            low, high, size = int(input_ids.min()), int(input_ids.max()), self.config.vocab_size
+            raise ValueError(f"token ids {low} to {high} do not fit the vocabulary of {size} (0 to {size - 1})") from None
+
+
+class GPT(nn.Module):
+    """The language model: `GPT(config)(input_ids)` maps ids (B, T) to logits (B, T, V). The loss is outside.
+
+    Raises ValueError for ids outside the vocabulary and for sequences over `max_position_embeddings`.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.init_weights()
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def init_weights(self):
+        """Normal(0, 1/width), so that each product keeps its input's scale; but what writes to the residual stream
+        starts small, as in GPT-2, so that each block starts near the identity."""
+        residual = 0.02 / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                small = name.endswith(("o_proj", "down_proj"))
+                nn.init.normal_(module.weight, std=residual if small else module.weight.shape[1] ** -0.5)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, input_ids: Tensor | None, cache: KVCache | None = None, inputs_embeds: Tensor | None = None):
+        return self.lm_head(self.model(input_ids, cache, inputs_embeds))

@@ -1,0 +1,1 @@
+"""Text: the generated world and its tasks, the tokenizer, and what turns text into batches."""

@@ -1,0 +1,50 @@
+"""Real text that is on every reader's disk: what ships with the Python interpreter itself."""
+
+import ast
+import pydoc_data.topics
+import random
+import sysconfig
+from pathlib import Path
+
+STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
+
+
+def standard_library_files() -> list[Path]:
+    """The top-level modules and packages of the standard library, in a fixed order, its own tests left out."""
+    skip = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__", "pydoc_data", "encodings"}
+    files = sorted(STANDARD_LIBRARY.rglob("*.py"))
+    return [file for file in files if not skip & set(file.relative_to(STANDARD_LIBRARY).parts)]
+
+
+def python_code(characters: int = 2_000_000) -> str:
+    """The first `characters` of the standard library's source, its files in a fixed shuffled order.
+
+    Shuffled, so that a validation part cut from the end holds files of every kind.
+    """
+    files = standard_library_files()
+    random.Random(0).shuffle(files)
+    text = ""
+    for file in files:
+        text += _read(file) + "\n"
+        if len(text) >= characters:
+            break
+    return text[:characters]
+
+
+def python_documentation() -> list[str]:
+    """The interpreter's documentation in English: its help topics and the docstrings of the standard library."""
+    topics = [text.strip() for _, text in sorted(pydoc_data.topics.topics.items())]
+    return topics + [doc for file in standard_library_files() for doc in _docstrings(_read(file))]
+
+
+def _docstrings(source: str) -> list[str]:
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return []
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return [doc for node in ast.walk(tree) if isinstance(node, kinds) and (doc := ast.get_docstring(node))]
+
+
+def _read(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="ignore")

@@ -1,0 +1,72 @@
+"""The tokenizer: sentencepiece BPE with byte fallback, in the file format that Llama models ship (`tokenizer.model`).
+
+BPE starts from characters and keeps merging the most frequent neighbours into one token, so that common words become
+one token each. What no merge covers falls back to bytes, therefore every text encodes, and decodes to itself.
+"""
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+SPACE = "\u2581"  # "▁": sentencepiece writes a space this way inside its tokens
+
+
+class Tokenizer:
+    """Text to token ids and back. Raises ValueError, naming the file, for a file that is not a tokenizer."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ValueError(f"no tokenizer at {self.path}: expected a sentencepiece file named tokenizer.model")
+        self._sentencepiece = sentencepiece.SentencePieceProcessor()
+        try:
+            self._sentencepiece.LoadFromSerializedProto(self.path.read_bytes())
+        except RuntimeError:
+            raise ValueError(f"{self.path} is not a sentencepiece tokenizer") from None
+        self.vocab_size: int = self._sentencepiece.vocab_size()
+        self.bos_id: int = self._sentencepiece.bos_id()
+        self.eos_id: int = self._sentencepiece.eos_id()
+        self._space_bytes = [self._sentencepiece.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without any special token.
+
+        A literal "▁" would come back as a space, so it is spelled in bytes.
+        """
+        first, *rest = text.split(SPACE)
+        ids = self._sentencepiece.encode(first)
+        for part in rest:
+            ids += self._space_bytes + self._sentencepiece.encode(part)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._sentencepiece.decode(list(ids))
+
+
+def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 2048) -> Tokenizer:
+    """Learns a BPE vocabulary from `texts` and writes it to `path`. Special ids as in Llama: unk 0, bos 1, eos 2.
+
+    Identity normalisation and no invented leading space: what goes in comes out. Digits stay single, as in Llama.
+    """
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        character_coverage=1.0,
+        required_chars="",
+        max_sentence_length=1 << 20,
+        num_threads=1,
+        minloglevel=1,
+    )
+    Path(path).write_bytes(model.getvalue())
+    return Tokenizer(path)
