@@ -273,7 +273,9 @@ class Decoder(nn.Module):
             return self.embed_tokens(input_ids)
         except IndexError:
             low, high, size = int(input_ids.min()), int(input_ids.max()), self.config.vocab_size
-            raise ValueError(f"token ids {low} to {high} do not fit the vocabulary of {size} (0 to {size - 1})") from None
+            raise ValueError(
+                f"token ids {low} to {high} do not fit the vocabulary of {size} (0 to {size - 1})"
+            ) from None
 
 
 class GPT(nn.Module):

@@ -75,7 +75,8 @@ def examples(pairs: Iterable[tuple[str, str]], tokenizer: Tokenizer, max_length:
         after = [*tokenizer.encode(completion), tokenizer.eos_id]
         if len(before) + len(after) > max_length:
             raise ValueError(
-                f"an example of {len(before) + len(after)} tokens is longer than the model's {max_length}: {prompt[:40]!r}..."
+                f"an example of {len(before) + len(after)} tokens is longer than the limit of {max_length}: "
+                f"{prompt[:40]!r}..."
             )
         rows.append(before + after)
         labels.append([IGNORE] * len(before) + after)

@@ -11,7 +11,17 @@ STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
 
 def standard_library_files() -> list[Path]:
     """The top-level modules and packages of the standard library, in a fixed order, its own tests left out."""
-    skip = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__", "pydoc_data", "encodings"}
+    skip = {
+        "site-packages",
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "turtledemo",
+        "__pycache__",
+        "pydoc_data",
+        "encodings",
+    }
     files = sorted(STANDARD_LIBRARY.rglob("*.py"))
     return [file for file in files if not skip & set(file.relative_to(STANDARD_LIBRARY).parts)]
 

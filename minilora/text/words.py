@@ -10,8 +10,9 @@ FIRST_NAMES = tuple(
 )
 SURNAMES = tuple(
     """Ashby Barr Bell Birch Bond Brook Burr Cole Crane Cross Dale Dell Drew Dunn Eddy Elm Finch Flint Ford Frost Gale
-    Glen Gray Grove Hale Hart Heath Hill Holt Hull Kemp Kerr Lake Lamb Lang Lark Lowe Lund Marsh Moss Nash North Oak Park
-    Peel Pike Pond Quill Rand Reed Ridge Rowe Shaw Snow Stone Swift Thorn Vale Voss Ward Webb West Wood York""".split()
+    Glen Gray Grove Hale Hart Heath Hill Holt Hull Kemp Kerr Lake Lamb Lang Lark Lowe Lund Marsh Moss Nash North Oak
+    Park Peel Pike Pond Quill Rand Reed Ridge Rowe Shaw Snow Stone Swift Thorn Vale Voss
+    Ward Webb West Wood York""".split()
 )
 # First names of the residents: people who are always the same and can be learned by heart.
 RESIDENT_NAMES = tuple(

@@ -45,10 +45,10 @@ class Dice:
     def weighted(self, options: dict):
         """A key of `options` with the probability that is its value; the probabilities sum to 1."""
         point = self.random.random()
-        for option, probability in options.items():
-            if point < probability:
+        for option in options:
+            if point < options[option]:
                 break
-            point -= probability
+            point -= options[option]
         self.nats -= math.log(options[option])
         return option
 
@@ -71,25 +71,6 @@ class Document:
     kind: str
     text: str
     nats: float  # the exact surprise of this text given nothing but the generator
-
-
-# kind of fact -> its value: {"town": "Marlow", "job": "baker"}
-
-    @property
-    def first(self) -> str:
-        return self.name.split()[0]
-
-
-@dataclass
-class Document:
-    kind: str
-    text: str
-    nats: float  # the exact surprise of this text given nothing but the generator
-
-    def last_question(self) -> tuple[str, str]:
-        """(prompt, answer): the text up to the last "Answer:", and what follows it, up to the end."""
-        prompt, mark, answer = self.text.rpartition("Answer:")
-        return prompt + mark, answer
 
 
 # kind of fact -> (values, sentences, questions). The first sentence is also the form of every answer.
@@ -147,7 +128,9 @@ class World:
         """Somebody new, whose first name differs from `other`'s, with a fact of each of `kinds`."""
         firsts = [first for first in words.FIRST_NAMES if other is None or first != other.first]
         first = dice.pick(firsts)
-        surname = dice.pick([s for s in words.SURNAMES if self.is_validation(first, s) == (self.people == "validation")])
+        surname = dice.pick(
+            [s for s in words.SURNAMES if self.is_validation(first, s) == (self.people == "validation")]
+        )
         return Person(f"{first} {surname}", {kind: dice.pick(FACTS[kind][0]) for kind in kinds})
 
     @staticmethod
@@ -204,9 +187,9 @@ class World:
         look = dice.pick(words.ADJECTIVES)
         who, other = hero.first, friend.first
         text = (
-            f"Story: One {dice.pick(WEATHER)} {dice.pick(TIMES)}, {hero.name} {dice.pick(WENT)} {dice.pick(words.TOWNS)} "
-            f"with a {look} {thing}. {dice.pick(PLACES)} {who} met {friend.name}, the {friend.facts['job']}, "
-            f"who had some {food} and a {dice.pick(words.ADJECTIVES)} {animal}."
+            f"Story: One {dice.pick(WEATHER)} {dice.pick(TIMES)}, {hero.name} {dice.pick(WENT)} "
+            f"{dice.pick(words.TOWNS)} with a {look} {thing}. {dice.pick(PLACES)} {who} met {friend.name}, "
+            f"the {friend.facts['job']}, who had some {food} and a {dice.pick(words.ADJECTIVES)} {animal}."
         )
         turns = (  # functions, so that no choice is made, or counted, for a turn that is not told
             lambda: f'"{dice.pick(GREETINGS)}, {who}," said {other}. "Is that your {thing}?"',
@@ -216,7 +199,9 @@ class World:
             lambda: f"It {dice.pick(SKIES)}, and {who} and {other} {dice.pick(WAITED)} {dice.pick(PLACES).lower()}.",
         )
         told = " ".join(turn() for turn in dice.several(turns, 3))
-        return f"{text} {told} In the end {dice.pick((who, other))} went home with the {dice.pick((thing, food, animal))}."
+        return (
+            f"{text} {told} In the end {dice.pick((who, other))} went home with the {dice.pick((thing, food, animal))}."
+        )
 
     def instruction(self, dice: Dice, tasks: int = 3) -> str:
         """Small tasks with one right answer, or with right answers that can be told from wrong ones."""
@@ -242,7 +227,10 @@ class World:
             kinds = dice.several(list(CLASSES), 2)
             items = [dice.pick(CLASSES[kind]) for kind in kinds]
             wanted = dice.pick((0, 1))
-            task, answer = f"Which is one of the {PLURALS[kinds[wanted]]}: {items[0]} or {items[1]}?", f"{items[wanted]}."
+            task, answer = (
+                f"Which is one of the {PLURALS[kinds[wanted]]}: {items[0]} or {items[1]}?",
+                f"{items[wanted]}.",
+            )
         return f"Instruction: {task}\nAnswer: {answer}"
 
     def pattern(self, dice: Dice) -> str:
