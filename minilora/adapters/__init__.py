@@ -1,0 +1,1 @@
+"""What turns a layer into a model, and the variants of LoRA."""

@@ -1,0 +1,150 @@
+"""From a LoRA layer to a LoRA model: find the linear layers by name, wrap them, freeze the rest.
+
+The model is not rewritten and does not notice. `apply_lora` puts a `LoRALinear` where a linear layer stood, and sets
+`requires_grad` on every parameter, both ways: off for everything, on for A and B. Freezing matters as much as
+wrapping: an optimizer that merely leaves out the base weights still has their gradients computed and held.
+"""
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+
+from torch import nn
+
+from minilora.lora import LoRAConfig, LoRALinear
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear, or what behaves as one, such as a quantized layer."""
+    return hasattr(module, "in_features") and hasattr(module, "out_features") and not isinstance(module, LoRALinear)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if is_linear(module)}
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """Every LoRALinear with its full name."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
+
+
+def find_targets(names: list[str], targets: list[str] | str) -> list[str]:
+    """The names that `target_modules` means, by PEFT's rules.
+
+    A list holds whole names or suffixes that begin after a dot; one string is a regular expression that must match
+    the whole name; "all-linear" is every linear layer but the output head. Raises ValueError naming each entry that
+    matches nothing.
+    """
+    if targets == "all-linear":
+        return [name for name in names if name.rpartition(".")[2] != "lm_head"]
+    known = f"the linear layers here are {', '.join(sorted({name.rpartition('.')[2] for name in names}))}"
+    if isinstance(targets, str):
+        found = [name for name in names if re.fullmatch(targets, name)]
+        if not found:
+            raise ValueError(f"target_modules {targets!r} matches the whole name of no layer; {known}")
+        return found
+
+    def matches(name: str, target: str) -> bool:
+        return name == target or name.endswith(f".{target}")
+
+    missing = [target for target in targets if not any(matches(name, target) for name in names)]
+    if missing or not targets:
+        raise ValueError(f"target_modules {', '.join(map(repr, missing)) or '[]'} matches no layer; {known}")
+    return [name for name in names if any(matches(name, target) for target in targets)]
+
+
+def pattern_value(pattern: dict, name: str, default):
+    """The value of the first key that matches the name or its end, by PEFT's rule."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
+    """Wraps the layers that `config.target_modules` names and freezes everything else. Changes and returns the model.
+
+    Raises ValueError, before anything is changed, for a model that already has adapters, a target that matches
+    nothing, and a key of rank_pattern or alpha_pattern that matches none of the targets. Warns where r exceeds what
+    the layer can use.
+    """
+    if any(lora_layers(model)):
+        raise ValueError("the model already has LoRA layers; apply_lora works on a plain model")
+    layers = linear_layers(model)
+    targets = find_targets(list(layers), config.target_modules)
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field):
+            if not any(re.match(rf"(.*\.)?({key})$", name) for name in targets):
+                raise ValueError(f"{field} key {key!r} matches none of the layers that get an adapter")
+
+    model.requires_grad_(False)
+    for name in targets:
+        layer = layers[name]
+        r = pattern_value(config.rank_pattern, name, config.r)
+        alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+        if r > (full := min(layer.in_features, layer.out_features)):
+            warnings.warn(
+                f"r={r} exceeds the full rank {full} of {name}: more parameters, no more freedom", stacklevel=2
+            )
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, LoRALinear(layer, r, alpha, config.lora_dropout, config.use_rslora))
+    model.lora_config = config
+    return model
+
+
+def merge_lora(model: nn.Module):
+    """Adds every update to its weight, so that a forward pass costs what the base model's does. Twice is once.
+
+    Raises ValueError, before anything is changed, for a weight that another module uses too (a tied output head):
+    the update would reach that module as well.
+    """
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(name)
+    for name, layer in lora_layers(model):
+        shared = [
+            user
+            for user in users.get(id(getattr(layer.base_layer, "weight", None)), [])
+            if f"{name}.base_layer" != user
+        ]
+        if shared:
+            raise ValueError(f"cannot merge {name}: its weight is shared with {', '.join(shared)}")
+    for _, layer in lora_layers(model):
+        layer.merge()
+
+
+def unmerge_lora(model: nn.Module):
+    """Puts back the very weights that were there before `merge_lora`."""
+    for _, layer in lora_layers(model):
+        layer.unmerge()
+
+
+@contextmanager
+def disable_lora(model: nn.Module):
+    """`with disable_lora(model):` the model is the base model, merged or not. What was enabled before is so again."""
+    layers = [layer for _, layer in lora_layers(model)]
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield model
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """A and B of every LoRA layer."""
+    return list(chain.from_iterable((layer.lora_A, layer.lora_B) for _, layer in lora_layers(model)))
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all); a parameter that two modules share counts once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def print_trainable_parameters(model: nn.Module):
+    """One line, PEFT's: `trainable params: 4,194,304 || all params: 6,742,609,920 || trainable%: 0.0622`."""
+    trainable, total = count_parameters(model)
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
