@@ -1,0 +1,146 @@
+"""An adapter on disk, in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`.
+
+An adapter is a few megabytes that mean nothing without the gigabytes they were trained on. So the file also carries
+the fingerprint of its base, and loading onto another one is refused: it would run, and speak nonsense.
+
+PEFT itself is lenient here: a missing tensor keeps its random start with a warning, an extra one is dropped in
+silence. This loader names each difference instead, and checks all of them before it touches the model, so a model is
+left exactly as it was when loading fails.
+"""
+
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+
+from minilora.adapters.inject import apply_lora, lora_layers
+from minilora.lora import LoRAConfig
+from minilora.model import GPT
+from minilora.storage.files import open_safetensors, read_json
+from minilora.storage.models import check_directory, check_tensors, fingerprint, read_header, write_pair
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FINGERPRINT = "base_fingerprint"  # our key in the safetensors metadata; PEFT does not read it
+
+# Fields of PEFT's config that we do not have, and the one value each that describes what we do.
+FIXED = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": None,
+    "inference_mode": True,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "modules_to_save": None,
+    "use_dora": False,
+}
+# Fields that say where an adapter comes from and how it began, not what it computes.
+IGNORED = {"task_type", "base_model_name_or_path", "inference_mode", "auto_mapping", "revision", "peft_version"}
+IGNORED |= {"megatron_core", "qalora_group_size", "runtime_config", "eva_config", "init_lora_weights"}
+# Starts that leave the base alone. Others (PiSSA, OLoRA, LoftQ, ...) move a part of W into the adapter, so the file
+# fits a changed base that is not on disk.
+PLAIN_STARTS = [True, False, "gaussian", "eva", "orthogonal"]
+TYPES = {"r": int, "lora_alpha": (int, float), "lora_dropout": (int, float), "target_modules": (str, list)}
+TYPES |= {"use_rslora": bool, "rank_pattern": dict, "alpha_pattern": dict}
+
+
+def save_adapter(model: GPT, directory: str | Path):
+    """Writes the model's LoRA layers, merged or not: A (r, in) and B (out, r) in float32, as PEFT does.
+
+    Raises ValueError for a model without LoRA layers and for a folder that cannot be written.
+    """
+    tensors = {}
+    for name, layer in lora_layers(model):
+        tensors[_tensor_name(name, "lora_A")] = layer.lora_A.float()
+        tensors[_tensor_name(name, "lora_B")] = layer.lora_B.float()
+    if not tensors:
+        raise ValueError("the model has no LoRA layers to save; apply_lora(model, config) puts them in")
+    metadata = {"format": "pt", FINGERPRINT: fingerprint(model)}
+    write_pair(Path(directory), WEIGHTS, tensors, metadata, CONFIG, {**FIXED, **asdict(model.lora_config)})
+
+
+def load_adapter(model: GPT, directory: str | Path, force: bool = False) -> GPT:
+    """Applies a saved adapter to a plain model, or fills the LoRA layers of a model with the same config.
+
+    `force` loads an adapter whose file names another base than this model. Raises FileNotFoundError for a missing
+    folder or file, and ValueError for another method than LoRA, settings we do not have, tensors that are missing,
+    extra or mis-shaped (each by name), a truncated file or another base. After an error the model is as it was.
+    """
+    directory = Path(directory)
+    check_directory(directory)
+    config = _read_config(directory / CONFIG)
+    header = read_header(directory / WEIGHTS)
+    layers = dict(lora_layers(model))
+    plain = not layers
+    if not plain:
+        _check_same_config(model.lora_config, config, directory)
+        if any(layer.merged for layer in layers.values()):
+            raise ValueError("the model's LoRA layers are merged; unmerge_lora(model) before loading an adapter")
+    else:
+        # A rehearsal on the meta device, shapes without data: it gives the tensors to expect, and raises what
+        # applying would raise (a target that matches nothing, say) before the real model is touched.
+        with torch.device("meta"):
+            layers = dict(lora_layers(apply_lora(GPT(model.config), config)))
+    expected = {}
+    for name, layer in layers.items():
+        expected[_tensor_name(name, "lora_A")] = tuple(layer.lora_A.shape)
+        expected[_tensor_name(name, "lora_B")] = tuple(layer.lora_B.shape)
+    check_tensors(directory, expected, {name: shape for name, (_, shape) in header.items()})
+    with open_safetensors(directory / WEIGHTS) as file:
+        base = (file.metadata() or {}).get(FINGERPRINT)
+        tensors = {name: file.get_tensor(name) for name in expected}
+    if base is not None and not force and base != fingerprint(model):
+        raise ValueError(f"{directory} was trained on another base than this model; force=True loads it all the same")
+
+    # Everything fits; from here on nothing can fail.
+    if plain:
+        apply_lora(model, config)
+    with torch.no_grad():
+        for name, layer in lora_layers(model):
+            layer.lora_A.copy_(tensors[_tensor_name(name, "lora_A")])
+            layer.lora_B.copy_(tensors[_tensor_name(name, "lora_B")])
+    return model
+
+
+def _tensor_name(module: str, matrix: str) -> str:
+    return f"base_model.model.{module}.{matrix}.weight"
+
+
+def _read_config(path: Path) -> LoRAConfig:
+    settings = read_json(path)
+    method = settings.get("peft_type")
+    if method != "LORA":
+        raise ValueError(f"{path} is of an adapter with peft_type {method!r}; only 'LORA' can be loaded")
+    start = settings.get("init_lora_weights", True)
+    if start not in PLAIN_STARTS:
+        raise ValueError(f"{path} has init_lora_weights {start!r}, which fits a changed base; export it as plain LoRA")
+    known = {field.name for field in fields(LoRAConfig)}
+    # A field that we lack may stand in the file as long as it is off: then it changes nothing.
+    foreign = {key: value for key, value in settings.items() if key not in known | IGNORED}
+    on = [f"{key} {value!r}" for key, value in foreign.items() if value and value != FIXED.get(key)]
+    if on:
+        raise ValueError(f"{path} has settings that are not supported: {', '.join(on)}")
+    values = {key: value for key, value in settings.items() if key in known and value is not None}
+    for key in ("r", "lora_alpha", "target_modules"):
+        if key not in values:
+            raise ValueError(f"{path} has no {key}")
+    for key, value in values.items():
+        if key in TYPES and (not isinstance(value, TYPES[key]) or isinstance(value, bool) != (TYPES[key] is bool)):
+            raise ValueError(f"{path} has {key} {value!r}, which is of the wrong type")
+    try:
+        return LoRAConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _check_same_config(present: LoRAConfig, stored: LoRAConfig, directory: Path):
+    """Everything but dropout must agree; it acts in training only, and the model's own stays."""
+    differing = []
+    for field in fields(LoRAConfig):
+        ours, theirs = getattr(present, field.name), getattr(stored, field.name)
+        if isinstance(ours, list) and isinstance(theirs, list):  # target_modules is a set: its order means nothing
+            ours, theirs = sorted(set(ours)), sorted(set(theirs))
+        if ours != theirs and field.name != "lora_dropout":
+            differing.append(f"{field.name} ({ours!r} in the model, {theirs!r} in the file)")
+    if differing:
+        raise ValueError(f"{directory} has another config than the model's LoRA layers: {', '.join(differing)}")

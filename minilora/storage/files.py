@@ -1,0 +1,108 @@
+"""Files that are whole or not there: safetensors and JSON, written beside the target and renamed into place.
+
+A program can be killed at any moment, also in the middle of a write. So a new file is first written in full under a
+temporary name in the same folder, pushed to the disk (fsync), and only then renamed over the old one. The rename is
+one atomic operation of the file system: whoever looks finds the old file or the new one, never a part of either. The
+price is room for both files while the new one is written.
+
+safetensors holds named tensors and a small dictionary of strings, and nothing that could run: unlike a pickle, a
+file from a stranger can do no more than be wrong. Reading checks for that and says which file it was.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def make_folder(path: str | Path):
+    """Makes the folder and its parents, before any long work begins. ValueError if nothing can be written there."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the output folder {path}: {error.strerror}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write into the output folder {path}: permission denied")
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary path to write a new file to; on leaving, what was written there becomes `path`.
+
+    Missing folders are made. The temporary file lies in a folder of its own beside `path`, which is removed at the
+    end, after an error too; then the old file stays as it was. What a killed run left behind goes with the next
+    write, so two programs must not write the same file at once. Raises ValueError where it cannot be written.
+    """
+    path = Path(path)
+    folder = path.with_name(f".{path.name}.tmp")  # in the same folder: a rename across file systems is a copy
+    temporary = folder / path.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the user's own default; safetensors would leave the file private
+        yield temporary
+        temporary.chmod(mode)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot write {path.name} in the folder {path.parent}: {reason}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None):
+    """Writes named tensors of any shape and device, and strings beside them. ValueError if the file cannot be written.
+
+    Two names must not share one memory (tied weights): write such a tensor under one name only.
+    """
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def write_json(path: str | Path, value: dict):
+    """Writes a dictionary as indented UTF-8 JSON. ValueError if it holds NaN or infinity, which JSON does not have."""
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"cannot write {path} as JSON: {error}") from error
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> dict:
+    """Reads a JSON file that holds one object. FileNotFoundError if there is none, ValueError if it is not that."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, where an object with named fields is expected")
+    return value
+
+
+def open_safetensors(path: str | Path) -> safe_open:
+    """Opens a file for reading, `with open_safetensors(path) as file`: `file.keys()`, `file.metadata()` (a dictionary
+    or None), `file.get_slice(name).get_shape()` (reads no data) and `file.get_tensor(name)` (on the CPU).
+
+    Raises FileNotFoundError if there is none, and ValueError if the file is truncated or its header does not fit it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); write or download it again") from error

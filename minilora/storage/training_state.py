@@ -1,0 +1,147 @@
+"""The state of an unfinished run, so that training can be killed at any moment and go on as if nothing had happened.
+
+What decides every later step is little: the trainable parameters, AdamW's two moments and step count for each, the
+state of the random generators (dropout), and the number of steps done (the learning rate and the order of the data
+follow from it). All of it goes into ONE safetensors file, because one file can be replaced in one move: with two, a
+kill between them would pair the weights of one step with the moments of another.
+
+Frozen parameters are not stored, so the state of an adapter run is as small as the adapter. A digest of them is kept
+among the settings: a run resumed on another base would not fail, it would quietly train something else.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from minilora.storage.files import open_safetensors, write_safetensors
+
+KIND = "minilora training state, version 1"
+ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter: a count and two moments
+
+
+def save_training_state(
+    path: str | Path, model: nn.Module, optimizer: Optimizer, step: int, history: dict, settings: dict
+):
+    """Writes the state after `step` optimizer steps, atomically. `optimizer` is an AdamW over the trainable parameters.
+
+    history and settings: dictionaries that JSON can hold. Raises ValueError if the file cannot be written.
+    """
+    tensors = state_tensors(model, optimizer)
+    metadata = {"kind": KIND, "step": step, "history": history, "settings": settings}
+    write_safetensors(path, tensors, {key: json.dumps(value) for key, value in metadata.items()})
+
+
+def load_training_state(path: str | Path, model: nn.Module, optimizer: Optimizer, settings: dict) -> tuple[int, dict]:
+    """Puts a saved state into model, optimizer and random generators; returns (steps done, history).
+
+    Everything is checked before anything is changed. Raises FileNotFoundError if there is no file, and ValueError if
+    it is damaged, was written under other settings (each differing field is named with both values), or does not hold
+    exactly the tensors that this model and optimizer need.
+    """
+    with open_safetensors(path) as file:
+        metadata = file.metadata() or {}
+        saved = {name: file.get_tensor(name) for name in file.keys()}
+    if metadata.get("kind") != json.dumps(KIND):
+        raise ValueError(f"{path} is not a training state of this version of minilora")
+    try:
+        step, history, old = (json.loads(metadata[key]) for key in ("step", "history", "settings"))
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: its header lacks the step, the history or the settings") from error
+    check_settings(path, old, json.loads(json.dumps(settings)))  # through JSON, where a tuple becomes a list
+    check_tensors(path, saved, state_tensors(model, optimizer))
+
+    for name, parameter in trainable(model).items():
+        parameter.data.copy_(saved[f"parameters/{name}"])
+    # load_state_dict numbers the parameters in the order of the groups, and moves each moment to its device.
+    names = {parameter: name for name, parameter in trainable(model).items()}
+    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    moments = [{key: saved[f"optimizer/{name}/{key}"].clone() for key in ADAM_STATE} for name in ordered]
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(enumerate(moments))})
+    torch.set_rng_state(saved["random/cpu"])
+    if "random/device" in saved:
+        random_module(model).set_rng_state(saved["random/device"])
+    return step, history
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def random_module(model: nn.Module):
+    """torch.cuda or torch.mps: the generator that dropout draws from on the model's device. None on the CPU."""
+    device = next(model.parameters()).device.type
+    return None if device == "cpu" else torch.get_device_module(device)
+
+
+def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Every tensor of the state under the name it has in the file."""
+    tensors = {}
+    for name, parameter in trainable(model).items():
+        tensors[f"parameters/{name}"] = parameter.data
+        state = optimizer.state.get(parameter)
+        if not state:
+            # AdamW makes its moments at the first step. Before that they are zero, and written as such, so that the
+            # names in the file follow from the model alone.
+            zeros = torch.zeros_like(parameter.data)
+            state = {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+        for key in ADAM_STATE:
+            tensors[f"optimizer/{name}/{key}"] = state[key]
+    tensors["random/cpu"] = torch.get_rng_state()
+    if random_module(model) is not None:
+        tensors["random/device"] = random_module(model).get_rng_state()
+    return tensors
+
+
+def check_settings(path: str | Path, old: dict, new: dict):
+    different = [
+        f"{key} was {old.get(key, 'not set')} and is now {new.get(key, 'not set')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if different:
+        raise ValueError(f"{path} was written by a run with other settings: {'; '.join(different)}")
+
+
+def check_tensors(path: str | Path, saved: dict[str, Tensor], needed: dict[str, Tensor]):
+    missing, extra = sorted(needed.keys() - saved.keys()), sorted(saved.keys() - needed.keys())
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    if extra:
+        raise ValueError(f"{path} holds {', '.join(extra)}, which this model does not train")
+    for name, tensor in needed.items():
+        if (saved[name].shape, saved[name].dtype) != (tensor.shape, tensor.dtype):
+            raise ValueError(
+                f"{path} holds {name} as {saved[name].dtype} of shape {tuple(saved[name].shape)}, "
+                f"where {tensor.dtype} of shape {tuple(tensor.shape)} is needed"
+            )
+
+
+def run_identity(model: nn.Module, data, optimizer: Optimizer) -> dict:
+    """What else decides a run besides its config and its state, small enough to be kept among the settings.
+
+    data: anything with tensors `.input_ids` and `.labels`.
+    """
+    frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {
+        "device": next(model.parameters()).device.type,
+        "group_learning_rates": [group["initial_lr"] for group in optimizer.param_groups],
+        "group_weight_decays": [group["weight_decay"] for group in optimizer.param_groups],
+        "data_digest": digest({"input_ids": data.input_ids, "labels": data.labels}),
+        "frozen_digest": digest(frozen | dict(model.named_buffers())),
+    }
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and every byte: equal digests mean equal tensors.
+
+    It reads each byte once: about a second for each gigabyte, paid once per run and not at each save.
+    """
+    total = hashlib.sha256()
+    for name, tensor in tensors.items():
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return total.hexdigest()[:16]
