@@ -1,0 +1,193 @@
+"""The memory of a fine-tune at any size, measured on a laptop: the real training step on fake tensors.
+
+A fake tensor has a shape, a dtype and a storage of the right size that holds nothing. Every operation works out the
+shape of its result and computes no number. So `simulate` builds the real `GPT`, applies the real `apply_lora`, runs
+the `training_step` of real training under the real `MemoryMeter`, and reads off what a machine large enough would
+hold. Nothing here knows what attention or LoRA allocates; beside the measurement stands what arithmetic predicts for
+the three kinds that have a formula. Activations have none that is short.
+
+What a parameter costs in bytes, with Adam:
+
+    dtype                        weight  gradient  Adam   sum
+    bfloat16                        2       2       4       8     all in bfloat16, the default: small updates round away
+    float32                         4       4       8      16
+    float32 with autocast           4       4       8      16     and bfloat16 copies of the matrices, as activations
+    mixed precision in ZeRO       2 + 4     2       8      16     a float32 master copy (Rajbhandari 2020, section 3.1)
+
+LoRA keeps the base in `dtype`, frozen, and its adapters in float32, as PEFT does: 16 bytes, for few parameters.
+
+What is simulated is torch on a CPU; its attention there, as the flash kernels on CUDA, keeps no (T, T) scores.
+Real memory on a GPU is higher: the meter's docstring says what it does not see.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from minilora.adapters.inject import apply_lora, count_parameters, lora_layers
+from minilora.lora import LoRAConfig
+from minilora.memory import KINDS, Bytes, MemoryMeter, format_bytes
+from minilora.model import GPT, GPTConfig
+from minilora.train import TrainConfig, apply_gradients, make_optimizer, set_gradient_checkpointing, training_step
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass
+class MemoryReport:
+    """Bytes of tensors of one training step.
+
+    Each kind is given at its own largest. They do not add up to `peak`, because activations are largest before
+    backward and gradients after it; `at_peak` is the split that does add up.
+    """
+
+    title: str
+    trainable_parameters: int
+    total_parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    peak: int
+    at_peak: Bytes
+    predicted: dict[str, int]  # weights, gradients and optimizer by formula
+
+    def as_dict(self) -> dict[str, int]:
+        """{"weights", "gradients", "optimizer", "activations", "peak"}, in bytes."""
+        return {name: getattr(self, name) for name in [*KINDS, "peak"]}
+
+    def table(self) -> str:
+        """Predicted beside simulated bytes, and the split at the peak."""
+        share = 100 * self.trainable_parameters / self.total_parameters
+        lines = [
+            self.title,
+            f"trainable params: {self.trainable_parameters:,d} || all params: {self.total_parameters:,d} || "
+            f"trainable%: {share:.4f}",
+            "",
+            f"{'bytes of tensors':18}{'formula':>14}{'simulated':>14}{'at the peak':>14}",
+        ]
+        for name, at_peak in {**asdict(self.at_peak), "peak": self.at_peak.total}.items():
+            predicted = format_bytes(self.predicted[name]) if name in self.predicted else "-"
+            lines.append(f"{name:18}{predicted:>14}{format_bytes(getattr(self, name)):>14}{format_bytes(at_peak):>14}")
+        lines += [
+            "",
+            f"1 GiB is 1024 MiB or {2**30:,d} bytes; the peak is {self.peak / 1e9:,.2f} GB of 10^9 bytes.",
+            "simulated: the largest of each kind, at whatever moment; at the peak: all at the one moment.",
+        ]
+        return "\n".join(lines)
+
+
+def simulate(
+    config: GPTConfig | str,
+    method: str = "full",
+    batch_size: int = 1,
+    sequence_length: int = 2048,
+    dtype: str = "bfloat16",
+    autocast: bool = False,
+    r: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    target_modules: list[str] | str = ("q_proj", "v_proj"),
+    gradient_checkpointing: bool = False,
+    accumulation_steps: int = 1,
+) -> MemoryReport:
+    """Measures the bytes of one training step of GPT(config), without its memory and without its arithmetic.
+
+    config: a GPTConfig or the name of a preset. method: "full" or "lora"; r, lora_alpha, lora_dropout and
+        target_modules are as in LoRAConfig and count for "lora" only.
+    batch_size: sequences per optimizer step; accumulation_steps cuts it, as in TrainConfig.
+    dtype: of the weights, "bfloat16" or "float32". autocast: matrix products in bfloat16 whatever the weights are.
+
+    Raises ValueError for an unknown preset, method or dtype, a sequence longer than the model's, and all that
+    LoRAConfig, apply_lora and TrainConfig refuse.
+    """
+    name = config if isinstance(config, str) else "GPT"
+    config = GPTConfig.preset(config) if isinstance(config, str) else config
+    if method == "qlora":
+        raise ValueError("method 'qlora' cannot be simulated yet: there is no 4-bit linear layer; use 'full' or 'lora'")
+    if method not in ("full", "lora"):
+        raise ValueError(f"unknown method {method!r}; known: full, lora")
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+    if not 1 <= sequence_length <= config.max_position_embeddings:
+        limit = config.max_position_embeddings
+        raise ValueError(f"sequence_length is {sequence_length}; this model takes 1 to {limit} tokens")
+    lora_config = LoRAConfig(r, lora_alpha, lora_dropout, target_modules)
+    train_config = TrainConfig(
+        steps=1,
+        batch_size=batch_size,
+        learning_rate=1e-4,
+        accumulation_steps=accumulation_steps,
+        precision="bfloat16" if autocast else "float32",
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    with FakeTensorMode():
+        model = build(config, DTYPES[dtype])
+        if method == "lora":
+            apply_lora(model, lora_config)
+        set_gradient_checkpointing(model, gradient_checkpointing)
+        optimizer = make_optimizer(model, train_config)
+        ids = torch.zeros(batch_size, sequence_length, dtype=torch.int64)
+        make_optimizer_state(optimizer)
+        meter = MemoryMeter(model, optimizer)
+        with meter:
+            training_step(model, optimizer, ids, ids, train_config)
+
+    trainable, total = count_parameters(model)
+    targets = target_modules if isinstance(target_modules, str) else ", ".join(target_modules)
+    what = "full fine-tuning" if method == "full" else f"LoRA r={r} on {targets}"
+    options = [f"{dtype} weights"] + ["autocast"] * autocast + ["checkpointing"] * gradient_checkpointing
+    return MemoryReport(
+        title=f"{name}, {what}, batch {batch_size} x {sequence_length} tokens, {', '.join(options)}",
+        trainable_parameters=trainable,
+        total_parameters=total,
+        **meter.highest,
+        at_peak=meter.peak,
+        predicted=predict(model, DTYPES[dtype]),
+    )
+
+
+def build(config: GPTConfig, dtype: torch.dtype) -> GPT:
+    """GPT(config) with all weights in `dtype` from the start: `.to(dtype)` cannot replace fake parameters."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return GPT(config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def make_optimizer_state(optimizer: torch.optim.Optimizer):
+    """One optimizer step on gradients of zero. It makes the state that is there in every real step but the first."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    apply_gradients(optimizer)
+
+
+def count_base_parameters(config: GPTConfig) -> int:
+    """Parameters of GPT(config) in closed form, letters as in model.py, L layers."""
+    C, D, inner, V = config.hidden_size, config.head_dim, config.intermediate_size, config.vocab_size
+    H, K, L = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
+    attention = 2 * C * H * D + 2 * C * K * D  # q and o, k and v
+    if config.attention_bias:
+        attention += H * D + 2 * K * D + C
+    mlp = 3 * C * inner  # gate, up, down
+    if config.mlp_bias:
+        mlp += 2 * inner + C
+    embeddings = V * C if config.tie_word_embeddings else 2 * V * C
+    return embeddings + L * (attention + mlp + 2 * C) + C  # two norms a layer and the last
+
+
+def predict(model: GPT, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes by formula: n base parameters in `dtype`, and r·(in + out) float32 numbers for each adapter, if any."""
+    base = count_base_parameters(model.config)
+    adapters = sum(layer.r * (layer.in_features + layer.out_features) for _, layer in lora_layers(model))
+    tensors = sum(parameter.requires_grad for parameter in model.parameters())
+    gradients = 4 * adapters if adapters else dtype.itemsize * base  # one number for each that is trained
+    return {
+        "weights": dtype.itemsize * base + 4 * adapters,
+        "gradients": gradients,
+        "optimizer": 2 * gradients + 4 * tensors,  # AdamW: two averages, and a step count for each tensor
+    }
