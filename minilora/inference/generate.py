@@ -1,0 +1,122 @@
+"""Text from a model: one token at a time, each sampled from the last position's logits and fed back in.
+
+A key/value cache keeps what was computed for the tokens already seen, so a new token costs one token's work and
+not the whole sequence's. The price is memory: 2 · layers · K · D numbers for every token of every row.
+
+Prompts of different lengths share a batch by padding on the left, so that every row ends at the same place:
+
+    . . . a b | c d        row 0: three pad tokens, a prompt of two
+    v w x y z | p q        row 1: no padding, a prompt of five
+
+The cache knows how many pad tokens each row has; attention never looks at them and positions do not count them, so
+a row's logits are those of the row on its own.
+
+Letters in the shape comments: B batch, T tokens, V vocab_size.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from minilora.model import GPT, KVCache
+
+
+def generate(
+    model: GPT,
+    prompts: list[list[int]],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    eos_id: int | None = None,
+) -> list[list[int]]:
+    """Continues each prompt (token ids) by up to `max_new_tokens`; returns the new tokens only, without the end token.
+
+    temperature 0 takes the likeliest token; above 0 it samples from softmax(logits / temperature), after keeping the
+    `top_k` likeliest tokens and, of those, the fewest whose probabilities add up to `top_p` (Holtzman 2020). A row
+    stops at `eos_id`. Each row draws from its own generator, seeded by `seed` and the row's place in the batch: the
+    same prompt twice gives two samples, and what a row draws does not depend on which rows stand beside it.
+
+    Raises ValueError for an empty prompt, an id outside the vocabulary, more tokens than the model's positions, or a
+    sampling setting out of range.
+    """
+    _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
+    if not prompts:
+        return []
+    device = model.model.embed_tokens.weight.device
+    longest = max(len(prompt) for prompt in prompts)
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)  # (B,)
+    # Token 0 stands for padding; any would do, nobody looks at it.
+    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)  # (B, T)
+    cache = KVCache(padding if padding.any() else None)
+    # Random numbers come from the CPU, so that a seed means the same draws on every device.
+    seeds = torch.randint(2**62, (len(prompts),), generator=torch.Generator().manual_seed(seed))
+    generators = [torch.Generator().manual_seed(row_seed) for row_seed in seeds.tolist()]
+
+    continuations = [[] for _ in prompts]
+    running = set(range(len(prompts)))
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            for _ in range(max_new_tokens):
+                hidden = model.model(ids, cache)  # (B, T, C)
+                logits = model.lm_head(hidden[:, -1])  # (B, V): only the last position predicts something new
+                tokens = _next_tokens(logits, temperature, top_k, top_p, generators).tolist()
+                for row in sorted(running):  # a finished row stays in the batch, and what it says is dropped
+                    if tokens[row] == eos_id:
+                        running.remove(row)
+                    else:
+                        continuations[row].append(tokens[row])
+                if not running:
+                    break
+                ids = torch.tensor([[token] for token in tokens], device=device)  # (B, 1)
+    finally:
+        for module in training:
+            module.training = True
+    return continuations
+
+
+def _next_tokens(logits: Tensor, temperature: float, top_k, top_p, generators: list[torch.Generator]) -> Tensor:
+    """logits (B, V) -> one token id for each row, (B,)."""
+    if not logits.isfinite().all():
+        raise ValueError("the model's logits hold NaN or infinity, so no token can be chosen; its weights are broken")
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits, order = (logits.double().cpu() / temperature).sort(dim=-1, descending=True, stable=True)  # likeliest first
+    if top_k is not None:
+        logits[:, top_k:] = -math.inf
+    probabilities = logits.softmax(dim=-1)
+    if top_p is not None:
+        likelier = probabilities.cumsum(dim=-1) - probabilities  # the mass of all tokens likelier than this one
+        probabilities[likelier >= top_p] = 0  # never the first, nothing is likelier
+    draws = [torch.multinomial(probabilities[row], 1, generator=own) for row, own in enumerate(generators)]
+    return order.gather(1, torch.stack(draws))[:, 0]
+
+
+def _check(model: GPT, prompts, max_new_tokens, temperature, top_k, top_p):
+    vocabulary, limit = model.config.vocab_size, model.config.max_position_embeddings
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; at least 1 is needed")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it must be 0 (always the likeliest token) or above")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; at least 1 token must be kept")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {number} is empty; it needs at least one token, such as the begin token")
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            wrong = next(token for token in prompt if not 0 <= token < vocabulary)
+            raise ValueError(
+                f"prompt {number} holds token id {wrong}, outside the vocabulary of {vocabulary} "
+                f"(0 to {vocabulary - 1})"
+            )
+        if len(prompt) + max_new_tokens > limit:
+            raise ValueError(
+                f"prompt {number} has {len(prompt)} tokens and {max_new_tokens} new ones are asked for, "
+                f"but the model's sequences end at {limit}"
+            )
