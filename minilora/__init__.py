@@ -1,0 +1,51 @@
+"""minilora: LoRA and what stands around it, from scratch, in plain PyTorch.
+
+Start reading at `model.py` (the transformer), `lora.py` (the layer), `train.py` (the loop) and `memory.py` (where the
+bytes go). `python -m minilora` runs the comparison that the rest explains.
+"""
+
+from minilora.adapters.inject import (
+    adapter_parameters,
+    apply_lora,
+    count_parameters,
+    disable_lora,
+    lora_layers,
+    merge_lora,
+    print_trainable_parameters,
+    unmerge_lora,
+)
+from minilora.experiments.simulate import MemoryReport, simulate
+from minilora.inference.generate import generate
+from minilora.lora import LoRAConfig, LoRALinear
+from minilora.memory import MemoryMeter
+from minilora.model import GPT, GPTConfig
+from minilora.storage.adapters import load_adapter, save_adapter
+from minilora.storage.models import load_model, save_model
+from minilora.text.tokenizer import Tokenizer
+from minilora.train import TrainConfig, train
+
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "LoRAConfig",
+    "LoRALinear",
+    "MemoryMeter",
+    "MemoryReport",
+    "Tokenizer",
+    "TrainConfig",
+    "adapter_parameters",
+    "apply_lora",
+    "count_parameters",
+    "disable_lora",
+    "generate",
+    "load_adapter",
+    "load_model",
+    "lora_layers",
+    "merge_lora",
+    "print_trainable_parameters",
+    "save_adapter",
+    "save_model",
+    "simulate",
+    "train",
+    "unmerge_lora",
+]

@@ -1,0 +1,184 @@
+"""The speed ratios we claim, measured on the reader's own machine, each beside its bar and its arithmetic.
+
+A number of seconds says more about the machine than about the method, and drifts with whatever else runs. So
+everything here is a ratio of two things timed in turn, A B A B, in one process, and what is reported is the median of
+the ratios over the rounds. Load and thread count at the time are printed with it.
+
+The model of the claims is small enough for two cores and large enough for matrix products to dominate: 8 layers, 512
+wide, 8 heads, 1408 inside the MLP, a vocabulary of 2048 (a large one would measure the softmax), 26.7 million
+parameters. A step is the training loop's own (`train.training_step`): forward, cross entropy, backward, clipping,
+fused AdamW on what is trainable, float32.
+
+`arithmetic` is the ratio of floating-point operations in matrix products, counted while the step runs. A training
+step has three products for each weight: output, input gradient, weight gradient. LoRA skips the third, which gives 2/3.
+It counts LoRA's thin products too (above 2/3), and what a frozen embedding spares: nothing below the first adapter
+needs a gradient (below 2/3). Attention's own products are left out; they are the same for both.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from minilora.adapters.inject import adapter_parameters, apply_lora, merge_lora
+from minilora.lora import LoRAConfig
+from minilora.model import GPT, GPTConfig
+from minilora.train import TrainConfig, make_optimizer, training_step
+
+
+@dataclass
+class BenchSettings:
+    """What is timed. The defaults are the shape our claims are made for; a bar means nothing at another shape."""
+
+    hidden_size: int = 512
+    intermediate_size: int = 1408
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    vocab_size: int = 2048
+    batch_size: int = 8
+    sequence_length: int = 256
+    r: int = 8
+    rounds: int = 5
+    threads: int = 2
+    seed: int = 0
+    progress: bool = True
+
+    def build_model(self) -> GPT:
+        """A plain model of this shape, with the same weights at every call."""
+        torch.manual_seed(self.seed)
+        return GPT(
+            GPTConfig(
+                vocab_size=self.vocab_size,
+                hidden_size=self.hidden_size,
+                intermediate_size=self.intermediate_size,
+                num_hidden_layers=self.num_hidden_layers,
+                num_attention_heads=self.num_attention_heads,
+                max_position_embeddings=self.sequence_length,
+            )
+        )
+
+    def build_lora_model(self, target_modules: list[str] | str) -> GPT:
+        return apply_lora(self.build_model(), LoRAConfig(self.r, 2 * self.r, target_modules=target_modules))
+
+    def random_ids(self) -> torch.Tensor:
+        """(batch_size, sequence_length) int64."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randint(self.vocab_size, (self.batch_size, self.sequence_length), generator=generator)
+
+
+@dataclass
+class BenchRow:
+    """One claim: `ratio` is to be at most `bar`."""
+
+    claim: str
+    ratio: float  # median over the rounds
+    lowest: float
+    highest: float
+    bar: float
+    arithmetic: float  # ratio of the matrix products' floating-point operations
+
+
+def interleave(actions: dict[str, Callable], settings: BenchSettings, description: str) -> tuple[dict, dict]:
+    """Runs the actions in turn; the first is what the others are held against.
+
+    Returns, for each of the others, the ratio of its time to the first's in each round, and the ratio of its
+    floating-point operations. These are counted in a first run of each, which also warms up and is not timed.
+    """
+    operations, seconds = {}, {name: [] for name in actions}
+    with tqdm(total=len(actions) * (1 + settings.rounds), desc=description, disable=not settings.progress) as bar:
+        for name, action in actions.items():
+            with FlopCounterMode(display=False) as counter:
+                action()
+            operations[name] = counter.get_total_flops()
+            bar.update()
+        for _ in range(settings.rounds):
+            for name, action in actions.items():
+                began = time.perf_counter()
+                action()
+                seconds[name].append(time.perf_counter() - began)
+                bar.update()
+    first, *others = actions
+    ratios = {name: [b / a for a, b in zip(seconds[first], seconds[name], strict=True)] for name in others}
+    return ratios, {name: operations[name] / operations[first] for name in others}
+
+
+def make_rows(ratios: dict, arithmetic: dict, bars: dict) -> list[BenchRow]:
+    return [
+        BenchRow(claim, statistics.median(values), min(values), max(values), bars[claim], arithmetic[claim])
+        for claim, values in ratios.items()
+    ]
+
+
+def training_steps(settings: BenchSettings) -> list[BenchRow]:
+    """A LoRA training step against full fine-tuning's."""
+    few, every = f"step, LoRA r={settings.r} on q_proj, v_proj", f"step, LoRA r={settings.r} on all linears"
+    models = {
+        "step, full fine-tuning": settings.build_model(),
+        few: settings.build_lora_model(["q_proj", "v_proj"]),
+        every: settings.build_lora_model("all-linear"),
+    }
+    config = TrainConfig(steps=1, batch_size=settings.batch_size, learning_rate=1e-4, precision="float32")
+    ids = settings.random_ids()
+
+    def step_of(model: nn.Module) -> Callable:
+        optimizer = make_optimizer(model, config)
+        return lambda: training_step(model, optimizer, ids, ids, config)
+
+    actions = {name: step_of(model) for name, model in models.items()}
+    return make_rows(*interleave(actions, settings, "training steps"), {few: 0.72, every: 0.80})
+
+
+def merged_forward(settings: BenchSettings) -> list[BenchRow]:
+    """A merged model's forward pass against the base model's: the same arithmetic, so the bar is 1 and some noise."""
+    base, merged = settings.build_model(), settings.build_lora_model("all-linear")
+    for parameter in adapter_parameters(merged):
+        nn.init.normal_(parameter, std=0.02)
+    merge_lora(merged)
+    ids = settings.random_ids()
+    claim = "forward, LoRA merged"
+    with torch.no_grad():
+        measured = interleave({"forward, base": lambda: base(ids), claim: lambda: merged(ids)}, settings, "forward")
+    return make_rows(*measured, {claim: 1.05})
+
+
+CLAIMS = (training_steps, merged_forward)  # one function for each kind of claim: settings in, rows out
+
+
+def run_bench(settings: BenchSettings | None = None) -> list[BenchRow]:
+    """Measures every claim: about a minute and a half on two idle cores with the default settings."""
+    settings = settings or BenchSettings()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        return [row for claim in CLAIMS for row in claim(settings)]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def format_bench(rows: list[BenchRow], settings: BenchSettings | None = None) -> str:
+    """The rows as a table, over it the conditions of the measurement. Call it at once: it reads the load."""
+    settings = settings or BenchSettings()
+    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"  # Windows has none
+    lines = [
+        f"torch {torch.__version__}, {settings.threads} threads, load over the last minute {load}, about "
+        f"{settings.threads} of it our own (much more: something else was running, do not trust the ratios)",
+        f"{settings.num_hidden_layers} layers, {settings.hidden_size} wide, batch {settings.batch_size} x "
+        f"{settings.sequence_length}, float32; ratios to the full step or the base's forward, median of "
+        f"{settings.rounds} rounds",
+        "",
+        f"{'':36}{'ratio':>7}{'lowest':>9}{'highest':>9}{'bar':>7}  {'':6}{'arithmetic':>12}",
+    ]
+    for row in rows:
+        verdict = "met" if row.ratio <= row.bar else "MISSED"
+        lines.append(
+            f"{row.claim:36}{row.ratio:7.2f}{row.lowest:9.2f}{row.highest:9.2f}{row.bar:7.2f}  {verdict:6}"
+            f"{row.arithmetic:12.3f}"
+        )
+    lines.append("\nLimit of a LoRA step: 2/3 of the full step's products of weights (arithmetic 0.667).")
+    return "\n".join(lines)

@@ -1,0 +1,163 @@
+"""One method, one data set, one adapter or model out: the parts that `compare` and `finetune` share.
+
+The methods differ in `prepare`, and nowhere else.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from minilora.adapters.inject import apply_lora, count_parameters, lora_layers
+from minilora.inference.evaluate import score_task
+from minilora.lora import LoRAConfig
+from minilora.model import GPT
+from minilora.storage.adapters import save_adapter
+from minilora.storage.files import make_folder, read_json, replacing
+from minilora.storage.models import load_model, save_model
+from minilora.text.datasets import Dataset
+from minilora.text.tokenizer import Tokenizer
+from minilora.train import History, TrainConfig, train
+
+DATA = Path(__file__).parents[2] / "data"
+BASE = DATA / "base"
+LEARNING_RATES = DATA / "learning_rates.json"
+METHODS = ("full", "lora")
+
+
+def prepare(model: GPT, method: str, lora: LoRAConfig) -> GPT:
+    """The one line in which the methods differ: what is trainable. ValueError for an unknown method."""
+    if method == "full":
+        return model.requires_grad_(True)
+    if method == "lora":
+        return apply_lora(model, lora)
+    raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+
+
+@dataclass
+class Base:
+    """A base model's folder, loaded anew for every run, and its tokenizer."""
+
+    directory: Path
+    tokenizer: Tokenizer
+    device: str
+
+    def load(self) -> GPT:
+        return load_model(self.directory, dtype=torch.float32, device=self.device)
+
+
+def open_base(directory: str | Path, device: str = "cpu") -> Base:
+    """Raises FileNotFoundError or ValueError for a folder that is not a Llama-layout model with a tokenizer.model."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"there is no base model folder {directory}")
+    return Base(directory, Tokenizer(directory / "tokenizer.model"), device)
+
+
+def copy_tokenizer(base: Base, directory: Path):
+    """A model without its tokenizer says nothing, so whoever writes a model folder puts it in."""
+    with replacing(directory / "tokenizer.model") as copy:
+        copy.write_bytes(base.tokenizer.path.read_bytes())
+
+
+def run_config(steps: int, learning_rate: float, batch_size: int = 16, seed: int = 0, **more) -> TrainConfig:
+    """The schedule that every method gets: a twentieth of the run to warm up, ten evaluations."""
+    return TrainConfig(
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup_steps=min(steps - 1, max(1, steps // 20)),
+        eval_every=max(1, steps // 10),
+        seed=seed,
+        **more,
+    )
+
+
+def tuned_learning_rate(data: str, method: str) -> float:
+    """The learning rate chosen on the grid in data/learning_rates.json; for other data, that of real text."""
+    tuned = read_json(LEARNING_RATES)
+    return tuned[data if data in tuned else "python-code"][method]["chosen"]
+
+
+@dataclass
+class Run:
+    """A finished run: the trained model, in eval mode, with its losses."""
+
+    method: str
+    seed: int
+    model: GPT
+    config: TrainConfig
+    history: History
+
+    def save(self, directory: Path) -> int:
+        """Saves what the method made, an adapter or a model, in place of what was there; returns its bytes."""
+        if any(lora_layers(self.model)):
+            save_adapter(self.model, directory)
+        else:
+            save_model(self.model, directory)
+        return sum(file.stat().st_size for file in directory.glob("*.*") if file.suffix in (".json", ".safetensors"))
+
+
+def run(
+    base: Base,
+    dataset: Dataset,
+    method: str,
+    lora: LoRAConfig,
+    config: TrainConfig,
+    state_path: Path | None = None,
+    **more,
+) -> Run:
+    """Trains one method from the base. `more` goes to `train`; with `state_path`, what the run depends on is stored."""
+    torch.manual_seed(config.seed)  # of the random start of A
+    model = prepare(base.load(), method, lora)
+    longest, limit = dataset.train.input_ids.shape[1], model.config.max_position_embeddings
+    if longest > limit:
+        raise ValueError(
+            f"sequences of {longest} tokens are longer than the model's {limit}; shorten --sequence-length"
+        )
+    settings = {"method": method, "data": dataset.name, **({"lora": asdict(lora)} if method != "full" else {})}
+    history = train(
+        model,
+        dataset.train,
+        config,
+        validation=dataset.validation,
+        state_path=state_path,
+        settings=settings,
+        description=f"{method}, seed {config.seed}",
+        **more,
+    )
+    return Run(method, config.seed, model, config, history)
+
+
+def finetune(
+    base: Base,
+    dataset: Dataset,
+    method: str,
+    lora: LoRAConfig,
+    config: TrainConfig,
+    out: Path,
+    resume: bool = False,
+    progress: bool = True,
+) -> dict:
+    """Trains, saves an adapter or a model under `out`, and returns a summary. A killed run goes on with `resume`."""
+    state = out / "training_state.safetensors"
+    if resume and not state.exists():
+        raise ValueError(f"nothing to resume: {state} is not there (a finished run removes it)")
+    make_folder(out)
+    done = run(base, dataset, method, lora, config, state, resume=resume, progress=progress)
+    size = done.save(out)
+    if method == "full":
+        copy_tokenizer(base, out)
+    state.unlink()
+    trainable, total = count_parameters(done.model)
+    return {
+        "method": method,
+        "data": dataset.name,
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "validation_loss": done.history.validation_loss[-1][1],
+        "loss_floor": dataset.floor,
+        "score": score_task(done.model, base.tokenizer, dataset.task).score if dataset.task else None,
+        "artifact": str(out),
+        "artifact_bytes": size,
+    }

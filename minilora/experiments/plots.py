@@ -1,0 +1,229 @@
+"""Every figure of the project, one function each: numbers in, a matplotlib `Figure` out.
+
+About 5 by 3 inches, axes with units, and one colour for each method wherever it appears. The colours are those of
+Okabe and Ito, which remain apart for colour-blind readers.
+"""
+
+import io
+import statistics
+from collections.abc import Sequence
+
+import matplotlib.figure
+from matplotlib.ticker import EngFormatter
+
+COLOURS = {
+    "full": "#D55E00",
+    "lora": "#0072B2",
+    "qlora": "#009E73",
+    "base": "#666666",
+    "weights": "#999999",
+    "gradients": "#E69F00",
+    "optimizer": "#CC79A7",
+    "activations": "#56B4E9",
+}
+LABELS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
+KINDS = ("weights", "gradients", "optimizer", "activations")
+
+
+class Figure(matplotlib.figure.Figure):
+    """A figure that a notebook shows as a picture when it is the last value of a cell. It needs no display."""
+
+    def _repr_png_(self) -> bytes:
+        picture = io.BytesIO()
+        self.savefig(picture, format="png", dpi=110)
+        return picture.getvalue()
+
+
+def new_figure(width: float = 5, height: float = 3):
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def methods_of(results: dict) -> dict[str, list[dict]]:
+    """method -> its rows of results.json, one for each seed, in the order of the results."""
+    methods = list(dict.fromkeys(row["method"] for row in results["runs"]))
+    return {method: [row for row in results["runs"] if row["method"] == method] for method in methods}
+
+
+def comparison_figures(results: dict) -> dict[str, Figure]:
+    """The figures of `compare`, by the name of their file."""
+    return {
+        "loss": loss_curves(results),
+        "parameters": parameter_bars(results),
+        "memory": memory_bars({method: rows[0]["bytes"] for method, rows in methods_of(results).items()}),
+    }
+
+
+def loss_curves(results: dict) -> Figure:
+    """Validation loss over steps: the mean of the seeds, a band from lowest to highest, and the entropy floor.
+
+    The axis is logarithmic where the floor is zero: there each factor of ten is as much worth seeing as the last.
+    """
+    figure, axes = new_figure()
+    for method, rows in methods_of(results).items():
+        steps = [step for step, _ in rows[0]["validation_loss"]]
+        losses = list(zip(*[[loss for _, loss in row["validation_loss"]] for row in rows], strict=True))
+        mean = [statistics.mean(values) for values in losses]
+        label, colour = LABELS.get(method, method), COLOURS.get(method)
+        axes.plot(steps, mean, color=colour, label=label, marker="o", markersize=3)
+        if len(rows) > 1:
+            low, high = [min(values) for values in losses], [max(values) for values in losses]
+            axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+    floor = results["loss_floor"]
+    if floor is not None and floor > 0:
+        axes.axhline(floor, color="black", linestyle="--", linewidth=1, label="entropy floor")
+    elif floor is not None:
+        axes.set_yscale("log")
+        axes.plot([], [], " ", label="entropy floor: 0")
+    axes.set(xlabel="optimizer steps", ylabel="validation loss (nats/token)", title=f"Task: {results['task']}")
+    axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def parameter_bars(results: dict) -> Figure:
+    """Trainable parameters of each method, on a logarithmic axis, with their share of all."""
+    figure, axes = new_figure(height=1 + 0.5 * len(methods_of(results)))
+    for place, (method, rows) in enumerate(methods_of(results).items()):
+        trainable, total = rows[0]["trainable_parameters"], rows[0]["total_parameters"]
+        axes.barh(place, trainable, color=COLOURS.get(method))
+        axes.text(trainable, place, f"  {trainable:,d} ({trainable / total:.1%})", va="center", fontsize="small")
+    axes.set_yticks(range(len(methods_of(results))), [LABELS.get(method, method) for method in methods_of(results)])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high * 30)  # room for the numbers
+    axes.set(xlabel="trainable parameters", title="What is trained")
+    return figure
+
+
+def memory_bars(splits: dict[str, dict[str, int]], title: str = "Memory of a training step") -> Figure:
+    """Bytes of tensors by kind for each method; each kind's own largest, and the peak of their sum."""
+    figure, axes = new_figure()
+    names = [*KINDS, "peak"]
+    height = 0.8 / len(splits)
+    for number, (method, split) in enumerate(splits.items()):
+        places = [place + number * height for place in range(len(names))]
+        bars = axes.barh(
+            places,
+            [split[name] for name in names],
+            height,
+            color=COLOURS.get(method),
+            label=LABELS.get(method, method),
+        )
+        axes.bar_label(bars, [EngFormatter("B", places=1)(split[name]) for name in names], padding=3, fontsize=7)
+    axes.set_yticks([place + 0.4 - height / 2 for place in range(len(names))], names)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.xaxis.set_major_formatter(EngFormatter("B"))
+    axes.set(xlabel="bytes of tensors (k, M, G: powers of 1000)", title=title)
+    axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def memory_stacks(splits: dict[str, dict[str, int]], title: str) -> Figure:
+    """The split at the moment of the peak, stacked, one bar for each case: where the bytes go."""
+    figure, axes = new_figure(height=1.2 + 0.4 * len(splits))
+    left = [0.0] * len(splits)
+    for kind in KINDS:
+        values = [split[kind] for split in splits.values()]
+        axes.barh(range(len(splits)), values, left=left, color=COLOURS[kind], label=kind)
+        left = [start + value for start, value in zip(left, values, strict=True)]
+    for place, total in enumerate(left):
+        axes.text(total, place, f" {EngFormatter('B', places=1)(total)}", va="center", fontsize="small")
+    axes.set_yticks(range(len(splits)), list(splits))
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.xaxis.set_major_formatter(EngFormatter("B"))
+    axes.set(xlabel="bytes of tensors at the peak (k, M, G: powers of 1000)", title=title)
+    figure.legend(frameon=False, fontsize="small", ncols=4, loc="outside lower center")
+    return figure
+
+
+def singular_values(spectra: dict[str, Sequence[float]], title: str = "Singular values of ΔW") -> Figure:
+    """Sorted singular values, each spectrum divided by its largest."""
+    figure, axes = new_figure()
+    for name, values in spectra.items():
+        axes.plot(
+            range(1, len(values) + 1), [value / values[0] for value in values], label=name, color=COLOURS.get(name)
+        )
+    axes.set_yscale("log")
+    axes.set(xlabel="number of the singular value", ylabel="relative to the largest", title=title)
+    axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def energy_curves(spectra: dict[str, Sequence[float]], title: str = "How low is the rank of ΔW?") -> Figure:
+    """The share of ‖ΔW‖² that the first r singular directions hold, against r."""
+    figure, axes = new_figure()
+    for name, values in spectra.items():
+        squares = [value**2 for value in values]
+        shares = [sum(squares[: r + 1]) / sum(squares) for r in range(len(squares))]
+        axes.plot(range(1, len(shares) + 1), shares, label=name, color=COLOURS.get(name))
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="rank r", ylabel="share of ‖ΔW‖²", ylim=(0, 1.02), title=title)
+    axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def lines(
+    curves: dict[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    log_x: bool = False,
+) -> Figure:
+    """Named curves (x values, y values), in the methods' colours where a name is a method's."""
+    figure, axes = new_figure()
+    for name, (x, y) in curves.items():
+        axes.plot(x, y, label=LABELS.get(name, name), color=COLOURS.get(name), marker="o", markersize=3)
+    if log_x:
+        axes.set_xscale("log")
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def learning_rate_grids(tuned: dict[str, dict], title: str) -> Figure:
+    """Best validation loss over learning rate; the chosen rate of each method is ringed.
+
+    tuned: by method {"grid": [{"learning_rate", "validation_loss"}, ...], "chosen"}, as in data/learning_rates.json.
+    A loss of None (the run diverged) leaves a gap.
+    """
+    figure, axes = new_figure()
+    for method, choice in tuned.items():
+        tried = {point["learning_rate"]: point["validation_loss"] for point in choice["grid"]}
+        losses = [float("nan") if loss is None else loss for loss in tried.values()]
+        label, colour = LABELS.get(method, method), COLOURS.get(method)
+        axes.plot(list(tried), losses, color=colour, label=label, marker="o", markersize=3)
+        ring = dict(markersize=11, markerfacecolor="none")
+        axes.plot(choice["chosen"], tried[choice["chosen"]], color=colour, marker="o", **ring)
+    low, high = axes.get_ylim()
+    if low < high / 5:  # losses on a task differ by factors, on real text by tenths
+        axes.set_yscale("log")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="best validation loss (nats/token)", title=title)
+    axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def level_lines(
+    curves: dict[str, tuple[Sequence[float], Sequence[float]]],
+    levels: dict[str, float],
+    xlabel: str,
+    title: str,
+    ylabel: str = "validation loss (nats/token)",
+) -> Figure:
+    """Named curves (x values, y values) on two logarithmic axes, beside levels that do not depend on x, dashed."""
+    figure, axes = new_figure()
+    axes.set_prop_cycle(color=["#000000", "#56B4E9", "#CC79A7", "#E69F00"])  # none of them a method's
+    for name, (x, y) in curves.items():
+        axes.plot(x, y, label=name, marker="o", markersize=3)
+    for name, level in levels.items():
+        axes.axhline(level, color=COLOURS.get(name), linestyle="--", linewidth=1, label=LABELS.get(name, name))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_yscale("log")
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.legend(frameon=False, fontsize="small")
+    return figure

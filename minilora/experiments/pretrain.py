@@ -1,0 +1,133 @@
+"""The shipped base, from nothing: its text, its tokenizer, its training, and the record of how it was made.
+
+The text is the tiny world and, for one document token in seven, the interpreter's own documentation, so that the base
+also speaks some real English. The loop is the same `train` that fine-tunes.
+"""
+
+import itertools
+import platform
+import random
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minilora.inference.evaluate import evaluate_world
+from minilora.model import GPT, GPTConfig
+from minilora.storage.files import make_folder, write_json
+from minilora.storage.models import save_model
+from minilora.text import words
+from minilora.text.batches import Batches, pack
+from minilora.text.english import python_documentation
+from minilora.text.tokenizer import Tokenizer, train_tokenizer
+from minilora.text.world import World
+from minilora.train import TrainConfig, train
+
+ROW = 256  # tokens per row: several whole documents
+ENGLISH_SHARE = 0.14  # of all tokens
+
+
+def pretraining_config(steps: int, seed: int) -> TrainConfig:
+    return TrainConfig(
+        steps=steps,
+        batch_size=8,  # small batches: at this size more steps teach more than better gradients do
+        learning_rate=3e-3,
+        warmup_steps=min(200, steps // 10),
+        final_learning_rate=0.01,
+        weight_decay=0.1,
+        eval_every=max(1, steps // 20),
+        save_every=500,
+        precision="bfloat16",
+        seed=seed,
+    )
+
+
+def make_tokenizer(path: Path) -> Tokenizer:
+    """BPE on a sample of the mix, plus each word of the world in quotes, so that the bare word is one token as well
+    as the word after a space. The newcomers' names are left out: a token that pretraining never meets is a token
+    that a frozen embedding never learned."""
+    lists = [name for name in sorted(vars(words)) if name.isupper() and name != "NEWCOMER_NAMES"]
+    vocabulary = [word for name in lists for word in getattr(words, name)]
+    world = [document.text for document in World().documents(8000, seed="tokenizer")]
+    quoted = [f'"{word}"' for word in vocabulary] * 300
+    return train_tokenizer(world + python_documentation() + quoted, path, GPTConfig.preset("base").vocab_size)
+
+
+def pretraining_rows(tokenizer: Tokenizer, tokens: int, seed: int) -> Batches:
+    """At least `tokens` tokens of whole documents, world and English shuffled together, in rows of ROW tokens."""
+    english = [
+        ids[start : start + ROW - 2]
+        for ids in map(tokenizer.encode, python_documentation())
+        for start in range(0, len(ids), ROW - 2)
+    ]
+    rng = random.Random(seed)
+    rng.shuffle(english)
+    documents, count = [], 0
+    for ids in itertools.cycle(english):  # several times over: there is less of it than wanted
+        if count >= tokens * ENGLISH_SHARE:
+            break
+        documents.append(ids)
+        count += len(ids)
+    with tqdm(desc="text", total=tokens, initial=count, unit=" tokens", disable=None) as bar:
+        for batch in itertools.count():
+            if count >= tokens:
+                break
+            for document in World().documents(10_000, seed=f"pretrain {seed} {batch}"):
+                documents.append(tokenizer.encode(document.text))
+                count += len(documents[-1])
+            bar.update(count - bar.n)
+    rng.shuffle(documents)
+    return pack(documents, ROW, tokenizer)
+
+
+def pretrain(out: Path, steps: int, seed: int = 0, device: str = "cpu", resume: bool = False, progress: bool = True):
+    """Writes a base model, its tokenizer and `record.json` to the folder `out`; returns the record."""
+    make_folder(out)
+    config = pretraining_config(steps, seed)
+    tokenizer = make_tokenizer(out / "tokenizer.model")
+    data = pretraining_rows(tokenizer, steps * config.batch_size * ROW, seed)
+    documents = World().documents(300, seed="pretrain validation")
+    encoded = [tokenizer.encode(document.text) for document in documents]
+    floor = sum(document.nats for document in documents) / sum(len(ids) + 1 for ids in encoded)
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig.preset("base")).to(device)
+    state = out / "training_state.safetensors"
+    start = time.perf_counter()
+    history = train(
+        model,
+        data,
+        config,
+        validation=pack(encoded, ROW, tokenizer),
+        state_path=state,
+        resume=resume,
+        description="pretrain",
+        progress=progress,
+    )
+    wall_seconds = time.perf_counter() - start
+    save_model(model, out)
+    report = evaluate_world(model.float(), tokenizer, count=300)
+    record = {
+        "seed": seed,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "steps": steps,
+        "tokens": history.tokens,
+        "training_seconds": round(sum(history.step_seconds)),
+        "wall_seconds": round(wall_seconds),
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "config": asdict(config),
+        "train_loss": [[step, round(loss, 4)] for step, loss in history.train_loss[:: max(1, steps // 200)]],
+        "validation_loss": [[step, round(loss, 4)] for step, loss in history.validation_loss],
+        "validation_floor": round(floor, 4),
+        "evaluation": report.scores | {"loss": round(report.loss, 4), "floor": round(report.floor, 4)},
+    }
+    write_json(out / "record.json", record)
+    state.unlink()
+    return record
