@@ -29,7 +29,7 @@ from minilora.experiments.simulate import DTYPES, simulate
 from minilora.inference.evaluate import evaluate_world, score_task
 from minilora.inference.generate import generate as generate_tokens
 from minilora.lora import LoRAConfig
-from minilora.model import PRESETS
+from minilora.presets import PRESETS
 from minilora.storage.adapters import load_adapter
 from minilora.storage.files import make_folder
 from minilora.storage.models import save_model

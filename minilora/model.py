@@ -4,20 +4,21 @@
 
 Every parameter and every config field carries Hugging Face Llama's own name
 (`model.layers.0.self_attn.q_proj.weight`, `num_key_value_heads`), so a real checkpoint loads as it stands.
-This file knows nothing of LoRA, of quantization or of training; those wrap it from outside.
-
-Letters in the shape comments:
+This file knows nothing of LoRA, of quantization or of training; those wrap it from outside. In shape comments:
     B batch   T new tokens   S all tokens, past ones included   C hidden_size
     H query heads   K key/value heads   D head_dim   V vocab_size
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from minilora.presets import PRESETS
 
 
 @dataclass
@@ -40,18 +41,12 @@ class GPTConfig:
     mlp_bias: bool = False
 
     def __post_init__(self):
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
-                )
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not divisible by "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
+        H, K = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
+        if self.head_dim is None and self.hidden_size % H:
+            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {H}")
+        self.num_key_value_heads, self.head_dim = K, self.head_dim or self.hidden_size // H
+        if H % K:
+            raise ValueError(f"num_attention_heads {H} is not divisible by num_key_value_heads {K}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs of features")
         if self.rope_scaling and self.rope_scaling.get("rope_type") not in ("linear", "llama3"):
@@ -65,64 +60,23 @@ class GPTConfig:
         return cls(**{**PRESETS[name], **changes})
 
 
-def _llama(hidden, intermediate, layers, heads, kv_heads=None, **other) -> dict:
-    return dict(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        **other,
-    )
-
-
-_LLAMA3_ROPE = dict(
-    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
-)
-PRESETS = {
-    # the base that ships in data/base
-    "base": _llama(192, 512, 6, 6, 2, vocab_size=3072, max_position_embeddings=512, tie_word_embeddings=True),
-    "tinyllama-1.1b": _llama(2048, 5632, 22, 32, 4, max_position_embeddings=2048),
-    "llama-7b": _llama(4096, 11008, 32, 32, max_position_embeddings=2048, rms_norm_eps=1e-6),
-    "llama-13b": _llama(5120, 13824, 40, 40, max_position_embeddings=2048, rms_norm_eps=1e-6),
-    "llama-33b": _llama(6656, 17920, 60, 52, max_position_embeddings=2048, rms_norm_eps=1e-6),
-    "llama-65b": _llama(8192, 22016, 80, 64, max_position_embeddings=2048, rms_norm_eps=1e-5),
-    "llama-2-7b": _llama(4096, 11008, 32, 32),
-    "llama-2-70b": _llama(8192, 28672, 80, 64, 8),
-    "llama-3.1-8b": _llama(
-        4096,
-        14336,
-        32,
-        32,
-        8,
-        vocab_size=128256,
-        max_position_embeddings=131072,
-        rope_theta=500000.0,
-        rope_scaling=_LLAMA3_ROPE,
-    ),
-}
-
-
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x²) + eps) · weight, computed in float32 (Zhang & Sennrich 2019)."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 def rotary_frequencies(config: GPTConfig, device=None) -> Tensor:
     """Angle per token of each feature pair: theta^(-2i/D), (D/2,), stretched for long contexts where asked."""
     exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     frequencies = config.rope_theta**-exponents
-    scaling = config.rope_scaling
-    if scaling is None:
+    if (scaling := config.rope_scaling) is None:
         return frequencies
     if scaling["rope_type"] == "linear":
         return frequencies / scaling["factor"]
@@ -150,12 +104,10 @@ class KVCache:
     """Keys and values of the tokens already seen, per layer (B, K, S, D), so that each new token is computed once.
 
     It grows by concatenation, which keeps autograd intact: a trained prefix is simply a cache that does not start
-    empty. `padding` (B,) counts the pad tokens at the left of each row, for prompts of different lengths.
-    """
+    empty. `padding` (B,) counts the pad tokens at the left of each row, for prompts of different lengths."""
 
     def __init__(self, padding: Tensor | None = None):
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self.padding = padding
+        self.layers, self.padding = {}, padding
 
     def __len__(self) -> int:
         return self.layers[0][0].shape[2] if self.layers else 0
@@ -163,8 +115,7 @@ class KVCache:
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Appends keys and values (B, K, T, D) of the new tokens; returns those of all tokens (B, K, S, D)."""
         if layer in self.layers:
-            past_keys, past_values = self.layers[layer]
-            keys, values = torch.cat([past_keys, keys], dim=2), torch.cat([past_values, values], dim=2)
+            keys, values = (torch.cat(pair, dim=2) for pair in zip(self.layers[layer], (keys, values), strict=True))
         self.layers[layer] = keys, values
         return keys, values
 
@@ -188,11 +139,11 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        C, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(C, config.num_attention_heads * config.head_dim, bias=bias)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * config.head_dim, bias=bias)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * config.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, C, bias=bias)
+        C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.q_proj = nn.Linear(C, H * D, bias=config.attention_bias)
+        self.k_proj = nn.Linear(C, K * D, bias=config.attention_bias)
+        self.v_proj = nn.Linear(C, K * D, bias=config.attention_bias)
+        self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
@@ -202,8 +153,7 @@ class Attention(nn.Module):
         q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
-        causal = mask is None and T > 1
-        grouped = q.shape[1] != k.shape[1]
+        causal, grouped = mask is None and T > 1, q.shape[1] != k.shape[1]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, D) -> (B, T, H·D) -> (B, T, C)
 
@@ -250,11 +200,8 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor | None, cache: KVCache | None = None, inputs_embeds: Tensor | None = None):
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
-        T, past, padding = x.shape[1], 0, None
-        if cache is not None:
-            past, padding = len(cache), cache.padding
-        limit = self.config.max_position_embeddings
-        if past + T > limit:
+        T, past, padding = x.shape[1], 0 if cache is None else len(cache), None if cache is None else cache.padding
+        if past + T > (limit := self.config.max_position_embeddings):
             raise ValueError(f"a sequence of {past + T} tokens is longer than the model's {limit}")
         positions = torch.arange(past, past + T, device=x.device)[None]  # (1, T)
         if padding is not None:
@@ -262,27 +209,21 @@ class Decoder(nn.Module):
         rotary = rotary_cos_sin(self.config, positions)
         mask = attention_mask(T, past, padding, x.device)
         for layer in self.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rotary, mask, cache, use_reentrant=False)
-            else:
-                x = layer(x, rotary, mask, cache)
+            run = partial(checkpoint, layer, use_reentrant=False) if self.gradient_checkpointing else layer
+            x = run(x, rotary, mask, cache)
         return self.norm(x)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         try:
             return self.embed_tokens(input_ids)
         except IndexError:
-            low, high, size = int(input_ids.min()), int(input_ids.max()), self.config.vocab_size
-            raise ValueError(
-                f"token ids {low} to {high} do not fit the vocabulary of {size} (0 to {size - 1})"
-            ) from None
+            low, high, V = int(input_ids.min()), int(input_ids.max()), self.config.vocab_size
+            raise ValueError(f"token ids {low} to {high} do not fit the vocabulary of {V} (0 to {V - 1})") from None
 
 
 class GPT(nn.Module):
-    """The language model: `GPT(config)(input_ids)` maps ids (B, T) to logits (B, T, V). The loss is outside.
-
-    Raises ValueError for ids outside the vocabulary and for sequences over `max_position_embeddings`.
-    """
+    """The language model: ids (B, T) -> logits (B, T, V); the loss is outside. Raises ValueError for ids outside the
+    vocabulary and for sequences over `max_position_embeddings`."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -294,15 +235,15 @@ class GPT(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def init_weights(self):
-        """Normal(0, 1/width), so that each product keeps its input's scale; but what writes to the residual stream
-        starts small, as in GPT-2, so that each block starts near the identity."""
+        """Normal(0, 1/width), so that a product keeps its input's scale; what writes to the residual stream starts
+        small, as in GPT-2, so that each block starts near the identity. Biases start at 0, norms at 1."""
         residual = 0.02 / math.sqrt(2 * self.config.num_hidden_layers)
-        for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                small = name.endswith(("o_proj", "down_proj"))
-                nn.init.normal_(module.weight, std=residual if small else module.weight.shape[1] ** -0.5)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
+        for name, weight in self.named_parameters():
+            if weight.ndim == 2:
+                small = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(weight, std=residual if small else weight.shape[1] ** -0.5)
+            elif name.endswith("bias"):
+                nn.init.zeros_(weight)
 
     def forward(self, input_ids: Tensor | None, cache: KVCache | None = None, inputs_embeds: Tensor | None = None):
         return self.lm_head(self.model(input_ids, cache, inputs_embeds))

@@ -100,7 +100,8 @@ def test_is_right_answer():
 
 @pytest.fixture
 def know_residents(monkeypatch):
-    """Answers as somebody would who knows the residents by heart, and nothing else; keeps the prompts."""
+    """Answers as a model would that knows the residents by heart, and nothing else, and that goes on asking, as the
+    documents it learned from do. Keeps the prompts."""
     known = {
         question.format(name=person.name): " " + state(person, kind)
         for person in World().residents
@@ -112,7 +113,7 @@ def know_residents(monkeypatch):
     def answer(model, tokenizer, prompts, max_new_tokens):
         seen.append(prompts)
         questions = [prompt.rpartition("Question: ")[2].removesuffix("\nAnswer:") for prompt in prompts]
-        return [known.get(question, "") for question in questions]
+        return [known.get(question, "") + "\nQuestion: What" for question in questions]
 
     monkeypatch.setattr(evaluate, "answer", answer)
     return seen

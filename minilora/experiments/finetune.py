@@ -15,7 +15,8 @@ from minilora.model import GPT
 from minilora.storage.adapters import save_adapter
 from minilora.storage.files import make_folder, read_json, replacing
 from minilora.storage.models import load_model, save_model
-from minilora.text.datasets import Dataset
+from minilora.text.datasets import PYTHON_CODE, Dataset
+from minilora.text.tasks import TASKS
 from minilora.text.tokenizer import Tokenizer
 from minilora.train import History, TrainConfig, train
 
@@ -74,9 +75,11 @@ def run_config(steps: int, learning_rate: float, batch_size: int = 16, seed: int
 
 
 def tuned_learning_rate(data: str, method: str) -> float:
-    """The learning rate chosen on the grid in data/learning_rates.json; for other data, that of real text."""
+    """The choice from the grid in data/learning_rates.json; where nothing was tuned, that of `json` for a task and of
+    `python-code` for a text."""
     tuned = read_json(LEARNING_RATES)
-    return tuned[data if data in tuned else "python-code"][method]["chosen"]
+    nearest = "json" if data in TASKS else PYTHON_CODE
+    return tuned[data if data in tuned else nearest][method]["chosen"]
 
 
 @dataclass
