@@ -39,7 +39,7 @@ def check_rank(name: str, r: int):
 
 
 def check_alpha(name: str, lora_alpha: float):
-    if not 0 < lora_alpha < math.inf:
+    if not (isinstance(lora_alpha, (int, float)) and 0 < lora_alpha < math.inf):
         raise ValueError(f"{name} is {lora_alpha!r}; it must be a number above 0")
 
 
@@ -171,6 +171,7 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # uniform within ±1/sqrt(in), as nn.Linear's own weight
         self.register_buffer("original_weight", None, persistent=False)  # W while merged: moves with the module
+        self.train(base_layer.training)  # put into a model in eval mode, it must not drop anything
 
     @property
     def merged(self) -> bool:

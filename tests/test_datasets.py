@@ -1,11 +1,9 @@
 """What a run trains on: tasks and texts, split without overlap, and one sentence about a file that cannot be used."""
 
 import pytest
-import torch
 
-from minilora.text import datasets
+from minilora.text import datasets, english
 from minilora.text.datasets import PYTHON_CODE, VALIDATION_ROWS, load_dataset
-from minilora.text.english import python_code, python_documentation
 from minilora.text.tasks import TASKS, load_task
 from minilora.text.world import World
 
@@ -60,20 +58,37 @@ def test_a_task_counts_completions_only(tokenizer, name, monkeypatch):
     assert dataset.prompts == [each.prompt for each in task.validation[:3]]
 
 
-def test_python_code_is_a_text(tokenizer, monkeypatch):
-    code = python_code(40_000)
-    assert len(code) == 40_000 and code == python_code(50_000)[:40_000], "the order of the files should be fixed"
+@pytest.fixture(scope="module")
+def library():
+    return english.standard_library_files()
+
+
+def test_the_standard_library_is_its_modules_without_its_tests(library):
+    assert len(library) > 200 and len(set(library)) == len(library)
+    inside = [file.relative_to(english.STANDARD_LIBRARY) for file in library]
+    assert {"argparse.py", "json/decoder.py"} <= {file.as_posix() for file in inside}
+    assert not [file for file in inside if {"test", "tests", "site-packages"} & set(file.parts)]
+
+
+def test_python_code_is_a_text(tokenizer, library, monkeypatch):
+    monkeypatch.setattr(english, "standard_library_files", lambda: list(library))
+    code = english.python_code(40_000)
+    assert len(code) == 40_000 and code == english.python_code(50_000)[:40_000], "the files should keep their order"
     assert "def " in code and "import " in code
     monkeypatch.setattr(datasets, "python_code", lambda: code)
     dataset = load_dataset(PYTHON_CODE, tokenizer, LENGTH)
     assert (dataset.name, dataset.floor, dataset.task) == (PYTHON_CODE, None, None)
-    assert torch.equal(dataset.train.input_ids.flatten()[:100], torch.tensor(tokenizer.encode(code)[:100]))
+    assert dataset.train.input_ids.flatten()[:100].tolist() == tokenizer.encode(code)[:100]
 
 
-def test_python_documentation_is_a_list_of_english_texts():
-    documents = python_documentation()
-    assert sum(map(len, documents)) > 1_000_000, "the interpreter's documentation should be over a megabyte"
-    assert all(document.strip() for document in documents)
+def test_python_documentation_is_the_topics_and_the_docstrings(tmp_path, monkeypatch):
+    good, broken = tmp_path / "good.py", tmp_path / "broken.py"
+    good.write_text('"""Of the module."""\n\nclass C:\n    """Of the class."""\n\n    def f(self):\n        "Of f."\n')
+    broken.write_text('"""Never read."""\ndef (')
+    monkeypatch.setattr(english, "standard_library_files", lambda: [broken, good])
+    *topics, module, of_class, of_function = english.python_documentation()
+    assert (module, of_class, of_function) == ("Of the module.", "Of the class.", "Of f.")
+    assert len(topics) > 50 and sum(map(len, topics)) > 300_000, "the interpreter's help topics are missing"
 
 
 BAD_FILES = {

@@ -118,6 +118,18 @@ def test_pattern_keys_that_match_nothing_are_refused(field, key):
         apply_lora(make_model(), LoRAConfig(**{field: {key: 4}}))
 
 
+def test_a_broken_expression_and_a_wrong_type_are_named():
+    with pytest.raises(ValueError, match=r"'\(q_proj' is not a regular expression"):
+        apply_lora(make_model(), LoRAConfig(target_modules="(q_proj"))
+    with pytest.raises(ValueError, match=r"alpha_pattern\['v_proj'\] is '8'"):
+        LoRAConfig(alpha_pattern={"v_proj": "8"})
+
+
+def test_a_model_in_eval_mode_stays_in_it():
+    model = apply_lora(make_model().eval(), LoRAConfig(lora_dropout=0.5))
+    assert not any(module.training for module in model.modules()), "dropout would be active"
+
+
 def test_a_wrapped_model_is_refused():
     with pytest.raises(ValueError, match="already has LoRA layers"):
         apply_lora(make_lora_model(), LoRAConfig())

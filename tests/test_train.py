@@ -1,6 +1,7 @@
 """train.py: properties of the loop, on a model small enough to train in milliseconds."""
 
 import math
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +11,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from minilora import train as train_module
 from minilora.model import GPT, GPTConfig
 from minilora.train import (
     NonFiniteError,
@@ -25,6 +25,7 @@ from minilora.train import (
     training_step,
 )
 
+train_file = sys.modules["minilora.train"]  # the file; the name in the package is its function `train`
 SHAPE = GPTConfig(
     vocab_size=23,
     hidden_size=16,
@@ -184,7 +185,7 @@ def test_bfloat16_runs_the_matrices_and_not_the_softmax(monkeypatch):
     model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: seen.update(mlp=output.dtype))
     cross_entropy = F.cross_entropy
     monkeypatch.setattr(
-        train_module.F,
+        train_file.F,
         "cross_entropy",
         lambda logits, *rest, **options: (seen.update(loss=logits.dtype), cross_entropy(logits, *rest, **options))[1],
     )
@@ -225,7 +226,7 @@ def test_rows_depend_on_seed_and_step_alone():
     first = batch_rows(10, 7, CONFIG)
     torch.manual_seed(99)
     batch_rows(10, 3, CONFIG)
-    train_module.epoch_order.cache_clear()
+    train_file.epoch_order.cache_clear()
     assert torch.equal(first, batch_rows(10, 7, CONFIG))
 
 

@@ -16,12 +16,12 @@ import pytest
 import torch
 from torch import nn
 
-from minilora import train as train_module
 from minilora.model import GPT, GPTConfig
 from minilora.storage.files import open_safetensors, write_safetensors
 from minilora.storage.training_state import digest, load_training_state, save_training_state
 from minilora.train import NonFiniteError, TrainConfig, make_optimizer, train
 
+train_file = sys.modules["minilora.train"]  # the file; the name in the package is its function `train`
 SHAPE = GPTConfig(
     vocab_size=23,
     hidden_size=16,
@@ -71,7 +71,7 @@ class Interrupted(Exception):
 
 def interrupt(monkeypatch, step: int):
     """The run dies when it is about to apply the gradients of `step`."""
-    steps_left, apply = [step], train_module.apply_gradients
+    steps_left, apply = [step], train_file.apply_gradients
 
     def apply_or_die(optimizer):
         if steps_left[0] == 0:
@@ -79,7 +79,7 @@ def interrupt(monkeypatch, step: int):
         steps_left[0] -= 1
         apply(optimizer)
 
-    monkeypatch.setattr(train_module, "apply_gradients", apply_or_die)
+    monkeypatch.setattr(train_file, "apply_gradients", apply_or_die)
 
 
 @pytest.mark.parametrize("save_every", [1, 3])

@@ -41,7 +41,10 @@ def find_targets(names: list[str], targets: list[str] | str) -> list[str]:
         return [name for name in names if name.rpartition(".")[2] != "lm_head"]
     known = f"the linear layers here are {', '.join(sorted({name.rpartition('.')[2] for name in names}))}"
     if isinstance(targets, str):
-        found = [name for name in names if re.fullmatch(targets, name)]
+        try:
+            found = [name for name in names if re.fullmatch(targets, name)]
+        except re.error as error:
+            raise ValueError(f"target_modules {targets!r} is not a regular expression: {error}") from None
         if not found:
             raise ValueError(f"target_modules {targets!r} matches the whole name of no layer; {known}")
         return found

@@ -48,7 +48,8 @@ def compare(
     learning_rates: by method, in place of the tuned ones.
     """
     make_folder(out)
-    rates = {method: tuned_learning_rate(dataset.name, method) for method in methods} | (learning_rates or {})
+    given = learning_rates or {}
+    rates = {method: given.get(method) or tuned_learning_rate(dataset.name, method) for method in methods}
     before = sample(base.load(), base, dataset)
     rows, first_runs = [], []
     for method in methods:
