@@ -25,7 +25,7 @@ def kept(batches):
 
 
 SIZES = {
-    "random": [random.Random(0).randrange(LENGTH - 1) for _ in range(200)],
+    "random": random.Random(0).choices(range(LENGTH - 1), k=200),
     "all fill a row": [LENGTH - 2] * 5,
     "one token each": [1] * 50,
     "empty ones": [0, 3, 0, 0, LENGTH - 2, 0],

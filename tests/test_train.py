@@ -314,6 +314,11 @@ def test_one_seed_one_result_bit_for_bit():
     assert any(not torch.equal(first[name], other[name]) for name in first), "another seed changed nothing"
 
 
+def test_dropout_is_on_in_training_whatever_mode_the_model_came_in():
+    losses = [quiet(Noisy(small_model()).train(mode)).train_loss for mode in (True, False)]
+    assert losses[0] == losses[1]
+
+
 def test_training_learns_and_the_history_says_so():
     data = SimpleNamespace(input_ids=torch.arange(9).repeat(6, 1), labels=torch.arange(9).repeat(6, 1))
     config = TrainConfig(steps=40, batch_size=4, learning_rate=2e-2, eval_every=15)
