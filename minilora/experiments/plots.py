@@ -83,7 +83,7 @@ def loss_curves(results: dict) -> Figure:
 
 
 def parameter_bars(results: dict) -> Figure:
-    """Trainable parameters of each method, on a logarithmic axis, with their share of all."""
+    """Trainable parameters of each method, with their share of all."""
     figure, axes = new_figure(height=1 + 0.5 * len(methods_of(results)))
     for place, (method, rows) in enumerate(methods_of(results).items()):
         trainable, total = rows[0]["trainable_parameters"], rows[0]["total_parameters"]
@@ -91,9 +91,8 @@ def parameter_bars(results: dict) -> Figure:
         axes.text(trainable, place, f"  {trainable:,d} ({trainable / total:.1%})", va="center", fontsize="small")
     axes.set_yticks(range(len(methods_of(results))), [LABELS.get(method, method) for method in methods_of(results)])
     axes.invert_yaxis()
-    axes.set_xscale("log")
-    low, high = axes.get_xlim()
-    axes.set_xlim(low, high * 30)  # room for the numbers
+    axes.margins(x=0.5)  # room for the numbers
+    axes.xaxis.set_major_formatter(EngFormatter())
     axes.set(xlabel="trainable parameters", title="What is trained")
     return figure
 
