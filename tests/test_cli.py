@@ -253,8 +253,11 @@ def test_resume_without_a_state_and_from_another_configuration(tiny, text, tmp_p
     with pytest.raises(RuntimeError):
         main([*run, "--save-every", "2"])
     assert (tmp_path / "training_state.safetensors").exists()
+    saved = (tmp_path / "training_state.safetensors").read_bytes()
+    fails(capsys, [*run, "--save-every", "2"], "unfinished run", "--resume")
     fails(capsys, [*run, "--save-every", "2", "--resume", "--seed", "7"], "seed", "7")
     fails(capsys, [*run, "--save-every", "2", "--resume", "--alpha", "9"], "alpha", "9")
+    assert (tmp_path / "training_state.safetensors").read_bytes() == saved, "a refusal must not touch the state"
     monkeypatch.undo()
     assert main([*run, "--save-every", "2", "--resume"]) == 0
     assert (tmp_path / "adapter_model.safetensors").exists()

@@ -146,6 +146,8 @@ def finetune(
     state = out / "training_state.safetensors"
     if resume and not state.exists():
         raise ValueError(f"nothing to resume: {state} is not there (a finished run removes it)")
+    if state.exists() and not resume:
+        raise ValueError(f"{state} holds an unfinished run: continue it with --resume, or remove it to begin anew")
     make_folder(out)
     done = run(base, dataset, method, lora, config, state, resume=resume, progress=progress)
     size = done.save(out)
