@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from minilora.text import words, world
-from minilora.text.world import FACTS, INSTRUCTIONS, KINDS, Dice, World, is_right_list, state
+from minilora.text.world import FACTS, INSTRUCTIONS, KINDS, Dice, World, is_right_list, nats_per_token, state
 
 
 class Walk(Dice):
@@ -213,3 +213,9 @@ def test_a_list_is_right_if_it_names_three_different_things_of_its_kind():
 def test_unknown_people_are_refused():
     with pytest.raises(ValueError, match="'train' or 'validation'"):
         World("test")
+
+
+def test_nats_per_token_counts_an_end_token_for_each_document():
+    documents = World().documents(2, seed=0)
+    expected = (documents[0].nats + documents[1].nats) / (3 + 1 + 5 + 1)
+    assert nats_per_token(documents, [[7] * 3, [7] * 5]) == pytest.approx(expected, abs=1e-12)

@@ -22,7 +22,7 @@ from minilora.text import words
 from minilora.text.batches import Batches, pack
 from minilora.text.english import python_documentation
 from minilora.text.tokenizer import Tokenizer, train_tokenizer
-from minilora.text.world import World
+from minilora.text.world import World, nats_per_token
 from minilora.train import TrainConfig, train
 
 ROW = 256  # tokens per row: several whole documents
@@ -90,7 +90,6 @@ def pretrain(out: Path, steps: int, seed: int = 0, device: str = "cpu", resume: 
     data = pretraining_rows(tokenizer, steps * config.batch_size * ROW, seed)
     documents = World().documents(300, seed="pretrain validation")
     encoded = [tokenizer.encode(document.text) for document in documents]
-    floor = sum(document.nats for document in documents) / sum(len(ids) + 1 for ids in encoded)
     torch.manual_seed(seed)
     model = GPT(GPTConfig.preset("base")).to(device)
     state = out / "training_state.safetensors"
@@ -125,7 +124,7 @@ def pretrain(out: Path, steps: int, seed: int = 0, device: str = "cpu", resume: 
         "config": asdict(config),
         "train_loss": [[step, round(loss, 4)] for step, loss in history.train_loss[:: max(1, steps // 200)]],
         "validation_loss": [[step, round(loss, 4)] for step, loss in history.validation_loss],
-        "validation_floor": round(floor, 4),
+        "validation_floor": round(nats_per_token(documents, encoded), 4),
         "evaluation": report.scores | {"loss": round(report.loss, 4), "floor": round(report.floor, 4)},
     }
     write_json(out / "record.json", record)

@@ -10,7 +10,7 @@ from minilora.model import GPT
 from minilora.text.batches import pack
 from minilora.text.tasks import Example, Task
 from minilora.text.tokenizer import Tokenizer
-from minilora.text.world import Dice, World, is_right_list
+from minilora.text.world import Dice, World, is_right_list, nats_per_token
 from minilora.train import evaluate_loss
 
 
@@ -102,8 +102,7 @@ def evaluate_world(model: GPT, tokenizer: Tokenizer, count: int = 200, seed: int
     encoded = [tokenizer.encode(document.text) for document in documents]
     length = min(256, model.config.max_position_embeddings)
     loss = evaluate_loss(model, pack(encoded, length, tokenizer), batch_size=16)
-    floor = sum(document.nats for document in documents) / sum(len(ids) + 1 for ids in encoded)
-    return WorldReport(scores, count, loss, floor)
+    return WorldReport(scores, count, loss, nats_per_token(documents, encoded))
 
 
 def is_right_answer(prompt: str, expected: str, given: str) -> bool:

@@ -249,6 +249,11 @@ class World:
         return f"Pattern: {'; '.join(pairs)}."
 
 
+def nats_per_token(documents: Sequence[Document], encoded: Sequence[Sequence[int]]) -> float:
+    """The entropy floor of these documents: their nats over the tokens to predict, an end token each included."""
+    return sum(document.nats for document in documents) / sum(len(ids) + 1 for ids in encoded)
+
+
 def is_right_list(prompt: str, answer: str) -> bool:
     """Whether `answer` gives three different words of the kind that the last "List three ..." of `prompt` names."""
     plural = prompt.rpartition("List three ")[2].split(".")[0]
