@@ -10,12 +10,14 @@ from collections.abc import Sequence
 
 import matplotlib.figure
 from matplotlib.ticker import EngFormatter
+from PIL import Image
 
 COLOURS = {
     "full": "#D55E00",
     "lora": "#0072B2",
     "qlora": "#009E73",
     "base": "#666666",
+    "limit": "#000000",
     "weights": "#999999",
     "gradients": "#E69F00",
     "optimizer": "#CC79A7",
@@ -29,9 +31,11 @@ class Figure(matplotlib.figure.Figure):
     """A figure that a notebook shows as a picture when it is the last value of a cell. It needs no display."""
 
     def _repr_png_(self) -> bytes:
-        picture = io.BytesIO()
+        picture, small = io.BytesIO(), io.BytesIO()
         self.savefig(picture, format="png", dpi=110)
-        return picture.getvalue()
+        # 64 colours are enough for a drawing and take a quarter of the bytes, which a notebook stores.
+        Image.open(picture).convert("RGB").quantize(64).save(small, "PNG", optimize=True)
+        return small.getvalue()
 
 
 def new_figure(width: float = 5, height: float = 3):
@@ -135,7 +139,7 @@ def memory_stacks(splits: dict[str, dict[str, int]], title: str) -> Figure:
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.xaxis.set_major_formatter(EngFormatter("B"))
-    axes.set(xlabel="bytes of tensors at the peak (k, M, G: powers of 1000)", title=title)
+    axes.set(xlabel="bytes at the peak (k, M, G: powers of 1000)", title=title)
     figure.legend(frameon=False, fontsize="small", ncols=4, loc="outside lower center")
     return figure
 
