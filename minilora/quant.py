@@ -232,7 +232,7 @@ class Linear4bit(nn.Module):
         device=None,
         dtype: torch.dtype | None = None,
     ):
-        """An empty layer, to be filled by `fill` or load_state_dict. `dtype` is that of the weight and the bias."""
+        """An empty layer, to be filled by load_state_dict. `dtype` is that of the weight and the bias."""
         super().__init__()
         check_settings(scheme, block_size)
         self.in_features, self.out_features = in_features, out_features
@@ -243,20 +243,20 @@ class Linear4bit(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features, dtype=self.dtype, device=device)) if bias else None
 
     @classmethod
-    def like(cls, linear: nn.Linear, scheme: str, block_size: int, double_quant: bool) -> "Linear4bit":
-        """An empty layer of the same shape, with the same bias."""
-        weight = linear.weight
-        settings = (linear.bias is not None, scheme, block_size, double_quant, weight.device, weight.dtype)
-        layer = cls(linear.in_features, linear.out_features, *settings)
+    def from_linear(cls, linear: nn.Linear, quantized: QuantizedTensor) -> "Linear4bit":
+        """The same layer with its bias, and `quantized` in place of its weight."""
+        settings = (
+            quantized.scheme,
+            quantized.block_size,
+            quantized.nested_scales is not None,
+            "meta",
+            quantized.dtype,
+        )
+        layer = cls(linear.in_features, linear.out_features, False, *settings)
+        for name, tensor in quantized.tensors.items():
+            setattr(layer, name, tensor)
         layer.bias = linear.bias
         return layer.train(linear.training)
-
-    def fill(self, quantized: QuantizedTensor) -> "Linear4bit":
-        """Puts a QuantizedTensor of the layer's shape and settings in."""
-        for name, tensor in quantized.tensors.items():
-            setattr(self, name, tensor)
-        self.dtype = quantized.dtype
-        return self
 
     @property
     def quantized(self) -> QuantizedTensor:
@@ -302,6 +302,11 @@ def float_linears(model: nn.Module, skip: Sequence[str] = ("lm_head",)) -> dict[
     return {name: linear for name, linear in linears.items() if name.rpartition(".")[2] not in skip}
 
 
+def quantized_layers(model: nn.Module) -> dict[str, Linear4bit]:
+    """By full name, every Linear4bit."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+
 def put(model: nn.Module, name: str, module: nn.Module):
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
@@ -329,13 +334,13 @@ def quantize_model(
     for name in list(linears):
         linear = linears.pop(name)  # the last reference but the model's: its float weight is freed in this round
         quantized = quantize(linear.weight, scheme, block_size, double_quant)
-        put(model, name, Linear4bit.like(linear, scheme, block_size, double_quant).fill(quantized))
+        put(model, name, Linear4bit.from_linear(linear, quantized))
     return model
 
 
 def dequantize_model(model: nn.Module) -> nn.Module:
     """The inverse: nn.Linear layers with the weights that the codes stand for. Changes and returns the model."""
-    for name, layer in [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Linear4bit)]:
+    for name, layer in quantized_layers(model).items():
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(dequantize(layer.quantized), requires_grad=False)
         linear.bias = layer.bias

@@ -14,6 +14,7 @@ from itertools import chain
 from torch import nn
 
 from minilora.lora import LoRAConfig, LoRALinear
+from minilora.quant import Linear4bit, quantized_layers
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -97,9 +98,15 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
 def merge_lora(model: nn.Module):
     """Adds every update to its weight, so that a forward pass costs what the base model's does. Twice is once.
 
-    Raises ValueError, before anything is changed, for a weight that another module uses too (a tied output head):
-    the update would reach that module as well.
+    Raises ValueError, before anything is changed, for a base in 4 bits, where W + ΔW would have to be rounded again,
+    and for a weight that another module uses too (a tied output head): the update would reach that module as well.
     """
+    for name, layer in lora_layers(model):
+        if isinstance(layer.base_layer, Linear4bit):
+            raise ValueError(
+                f"cannot merge into {name}: it is in 4 bits, and rounding W + ΔW to 4 bits again would change what was "
+                "trained; dequantize_model(model) first, and merge into the float weights"
+            )
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -142,9 +149,10 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all); a parameter that two modules share counts once."""
+    """(trainable, all); a parameter that two modules share counts once, a weight in 4 bits as one parameter."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    in_4_bits = sum(layer.in_features * layer.out_features for layer in quantized_layers(model).values())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters) + in_4_bits
 
 
 def print_trainable_parameters(model: nn.Module):

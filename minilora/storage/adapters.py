@@ -17,7 +17,7 @@ from minilora.adapters.inject import apply_lora, lora_layers
 from minilora.lora import LoRAConfig
 from minilora.model import GPT
 from minilora.storage.files import open_safetensors, read_json
-from minilora.storage.models import check_directory, check_tensors, fingerprint, read_header, write_pair
+from minilora.storage.models import check_directory, check_tensors, check_type, fingerprint, read_header, write_pair
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FINGERPRINT = "base_fingerprint"  # our key in the safetensors metadata; PEFT does not read it
@@ -85,6 +85,8 @@ def load_adapter(model: GPT, directory: str | Path, force: bool = False) -> GPT:
     for name, layer in layers.items():
         expected[_tensor_name(name, "lora_A")] = tuple(layer.lora_A.shape)
         expected[_tensor_name(name, "lora_B")] = tuple(layer.lora_B.shape)
+    for name, (kind, _) in header.items():
+        check_type(name, kind, directory / WEIGHTS)
     check_tensors(directory, expected, {name: shape for name, (_, shape) in header.items()})
     with open_safetensors(directory / WEIGHTS) as file:
         base = (file.metadata() or {}).get(FINGERPRINT)

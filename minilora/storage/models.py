@@ -10,7 +10,6 @@ replaces its empty twin as it is read. The peak is the model and one tensor, not
 """
 
 import hashlib
-import math
 import os
 from functools import reduce
 from pathlib import Path
@@ -21,42 +20,37 @@ from torch.nn import functional as F
 
 from minilora.adapters.inject import lora_layers
 from minilora.model import GPT, GPTConfig
+from minilora.quant import Linear4bit, float_linears, put, quantize, quantized_layers
+from minilora.storage.config import config_settings, read_config
 from minilora.storage.files import open_safetensors, read_json, write_json, write_safetensors
+from minilora.storage.quantized import (
+    layer_tensors,
+    quantization_settings,
+    quantized_parts,
+    read_layer,
+)
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-# Field of config.json: its type, and the value that transformers assumes where the file has none.
-REQUIRED = object()
-FIELDS = {
-    "vocab_size": (int, REQUIRED),
-    "hidden_size": (int, REQUIRED),
-    "intermediate_size": (int, REQUIRED),
-    "num_hidden_layers": (int, REQUIRED),
-    "num_attention_heads": (int, REQUIRED),
-    "num_key_value_heads": (int, None),
-    "head_dim": (int, None),
-    "max_position_embeddings": (int, 2048),
-    "rms_norm_eps": (float, 1e-6),
-    "tie_word_embeddings": (bool, False),
-    "attention_bias": (bool, False),
-    "mlp_bias": (bool, False),
-}
-LLAMA3_ROPE = {
-    "factor": float,
-    "low_freq_factor": float,
-    "high_freq_factor": float,
-    "original_max_position_embeddings": int,
-}
-ROPE_FIELDS = {"default": {}, "linear": {"factor": float}, "llama3": LLAMA3_ROPE}
 
-
-def load_model(directory: str | Path, dtype: torch.dtype | None = None, device=None) -> GPT:
+def load_model(
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    device=None,
+    quantize_to: str | None = None,
+    block_size: int = 64,
+    double_quant: bool = True,
+) -> GPT:
     """Reads a Llama-layout folder into a GPT whose parameters all require gradients.
 
-    `dtype` None keeps the file's; a file that mixes types is read as the widest of them. `device` None is the CPU.
+    dtype: None keeps the file's; a file that mixes types is read as the widest of them. device: None is the CPU.
+    quantize_to: "nf4", "fp4" or "int4" turns each block linear into 4 bits as it is read, with block_size and
+        double_quant as in `quantize_model`. Layers that the file holds in 4 bits stay as they are, whatever this says.
+
     Raises FileNotFoundError for a missing folder or file, and ValueError for a config that is broken or describes
-    another architecture, for missing, extra and mis-shaped tensors (each by name), and for a truncated file.
+    another architecture, for missing, extra and mis-shaped tensors (each by name), damaged 4-bit layers (by name), and
+    for a truncated file.
     """
     directory = Path(directory)
     check_directory(directory)
@@ -73,18 +67,43 @@ def load_model(directory: str | Path, dtype: torch.dtype | None = None, device=N
         _check_second_copy(files)
         del shapes["lm_head.weight"]
 
-    with torch.device("meta"):
-        model = GPT(config)
-    # A tied head is not among these: the two names are one parameter.
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    check_tensors(directory, expected, shapes)
-    dtype = dtype or reduce(torch.promote_types, (FLOAT_TYPES[types[name]] for name in expected))
-    for name in expected:
+    def read(name: str, dtype: torch.dtype | None = None) -> Tensor:
         # Opened anew for each tensor: closing lets go of the pages read so far, which would count as memory in use.
         with open_safetensors(files[name]) as file:
-            tensor = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+            return file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+
+    with torch.device("meta"):
+        model = GPT(config)
+    linears = float_linears(model)
+    stored = {name: parts for name, parts in quantized_parts(list(shapes)).items() if name in linears}
+    for parts in stored.values():
+        for part in parts:
+            del shapes[part]
+    # A tied head is not among these: the two names are one parameter.
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    expected = {name: shape for name, shape in expected.items() if name.removesuffix(".weight") not in stored}
+    check_tensors(directory, expected, shapes)
+    for name in expected:
+        check_type(name, types[name], files[name])
+    dtype = dtype or reduce(torch.promote_types, (FLOAT_TYPES[types[name]] for name in expected))
+    for name, parts in stored.items():
+        linear = linears[name]
+        try:
+            quantized = read_layer({part.removeprefix(f"{name}."): read(part) for part in parts}, linear.weight.shape)
+        except ValueError as error:
+            raise ValueError(f"{name} in {files[parts[0]]} {error}") from None
+        put(model, name, Linear4bit.from_linear(linear, quantized))
+    for name in expected:
+        tensor = read(name, dtype)
         module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
+        if quantize_to and leaf == "weight" and module in linears:
+            try:
+                quantized = quantize(tensor, quantize_to, block_size, double_quant)
+            except ValueError as error:
+                raise ValueError(f"{name} in {files[name]}: {error}") from None
+            put(model, module, Linear4bit.from_linear(linears[module], quantized))
+        else:
+            setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight  # the new parameter, no longer the one on meta
     model.token_ids = {key: settings[key] for key in ("bos_token_id", "eos_token_id") if key in settings}
@@ -107,8 +126,17 @@ def save_model(model: GPT, directory: str | Path):
     config = GPTConfig(**{**vars(model.config), "tie_word_embeddings": "lm_head.weight" not in tensors})
     with torch.device("meta"):
         expected = {name: tuple(parameter.shape) for name, parameter in GPT(config).named_parameters()}
-    check_tensors("this model", expected, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    settings = config_settings(config, tensors["model.embed_tokens.weight"].dtype)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    quantized = {name.replace(".base_layer", ""): layer for name, layer in quantized_layers(model).items()}
+    for name, layer in quantized.items():
+        for part in layer_tensors(name, layer):
+            del shapes[part]
+        shapes[f"{name}.weight"] = layer.quantized.shape
+    check_tensors("this model", expected, shapes)
+    dtype = tensors["model.embed_tokens.weight"].dtype
+    settings = config_settings(config, dtype)
+    if quantized:
+        settings["quantization_config"] = quantization_settings(next(iter(quantized.values())), dtype)
     settings.update(getattr(model, "token_ids", {}))  # a checkpoint's own begin and end tokens outlive the round trip
     write_pair(Path(directory), WEIGHTS, tensors, {"format": "pt"}, CONFIG, settings)
 
@@ -135,7 +163,7 @@ def fingerprint(model: GPT) -> str:
 
 
 def base_weights(model: GPT, original: bool = False) -> dict[str, Tensor]:
-    """The weights under their plain Llama names, a tied head once, adapters left out.
+    """The tensors under their plain Llama names, as they are written: a tied head once, adapters left out.
 
     Of a merged layer this gives the merged weight, or with `original` the frozen one from before the merge.
     """
@@ -144,74 +172,11 @@ def base_weights(model: GPT, original: bool = False) -> dict[str, Tensor]:
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[0] not in layers:  # what a LoRALinear holds itself is the adapter
             weights[name.replace(".base_layer.", ".")] = parameter
+    for name, layer in quantized_layers(model).items():
+        weights |= layer_tensors(name.replace(".base_layer", ""), layer)
     if original:
         weights.update({f"{name}.weight": layer.original_weight for name, layer in layers.items() if layer.merged})
     return weights
-
-
-def read_config(settings: dict, path: Path) -> GPTConfig:
-    """The fields of a config.json, in old or new spelling, as a GPTConfig; ValueError for what we could not run."""
-    architectures = settings.get("architectures") or ["LlamaForCausalLM"]
-    for name, value, supported in (
-        ("model_type", settings.get("model_type"), "llama"),
-        ("architectures", architectures, ["LlamaForCausalLM"]),
-        ("hidden_act", settings.get("hidden_act", "silu"), "silu"),
-    ):
-        if value != supported:
-            raise ValueError(f"{path} has {name} {value!r}; only {supported!r} is supported")
-    fields = {name: _field(settings, name, kind, default, path) for name, (kind, default) in FIELDS.items()}
-    # transformers 5 writes rope_parameters, rope_theta among them; before that it was rope_scaling, and theta outside.
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{path} has rotary settings {rope!r}, where an object with a rope_type is expected")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in list(ROPE_FIELDS):
-        raise ValueError(f"{path} has rope_type {rope_type!r}; only {', '.join(ROPE_FIELDS)} are supported")
-    theta = _field({**settings, **rope}, "rope_theta", float, 10000.0, path)
-    scaling = {name: _field(rope, name, kind, REQUIRED, path) for name, kind in ROPE_FIELDS[rope_type].items()}
-    if scaling.get("high_freq_factor", 2) <= scaling.get("low_freq_factor", 1):
-        raise ValueError(f"{path} has a high_freq_factor that is not above its low_freq_factor")
-    try:
-        return GPTConfig(
-            **fields, rope_theta=theta, rope_scaling={"rope_type": rope_type, **scaling} if scaling else None
-        )
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _field(settings: dict, name: str, kind: type, default, path: Path):
-    value = settings.get(name)
-    if value is None and default is REQUIRED:
-        raise ValueError(f"{path} has no {name}")
-    if value is None:
-        return default
-    if kind is bool:
-        right, wanted = isinstance(value, bool), "true or false"
-    else:
-        number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-        right, wanted = number and 0 < value < math.inf, f"{'a whole' if kind is int else 'a'} number above 0"
-    if not right:
-        raise ValueError(f"{path} has {name} {value!r}, where {wanted} is expected")
-    return kind(value)
-
-
-def config_settings(config: GPTConfig, dtype: torch.dtype) -> dict:
-    """What config.json holds for `transformers`, with both the old and the new spelling where they differ."""
-    rope = {"rope_theta": config.rope_theta, "rope_type": "default", **(config.rope_scaling or {})}
-    type_name = str(dtype).removeprefix("torch.")
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        **{name: getattr(config, name) for name in FIELDS},
-        "rope_theta": config.rope_theta,
-        "rope_scaling": config.rope_scaling,
-        "rope_parameters": rope,
-        "torch_dtype": type_name,
-        "dtype": type_name,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
 
 
 def write_pair(directory: Path, weights_name: str, tensors: dict, metadata: dict, config_name: str, settings: dict):
@@ -237,10 +202,13 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     with open_safetensors(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}
         header = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    for name, (kind, _) in header.items():
-        if kind not in FLOAT_TYPES:
-            raise ValueError(f"tensor {name} in {path} has type {kind}; only {', '.join(FLOAT_TYPES)} can be read")
     return header
+
+
+def check_type(name: str, kind: str, path: Path):
+    """Raises ValueError for a tensor that is not of floating-point numbers."""
+    if kind not in FLOAT_TYPES:
+        raise ValueError(f"tensor {name} in {path} has type {kind}; only {', '.join(FLOAT_TYPES)} can be read")
 
 
 def check_tensors(where, expected: dict[str, tuple], found: dict[str, tuple]):

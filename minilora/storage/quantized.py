@@ -1,0 +1,147 @@
+"""A 4-bit layer on disk, in bitsandbytes' layout: what stands where a float checkpoint has one `weight`.
+
+    weight                                 uint8 (n/2, 1)   two codes in each byte
+    weight.absmax                          float32 (N,)     the scales, or uint8 under double quantization
+    weight.quant_map                       float32 (16,)    the levels by code
+    weight.nested_absmax                   float32 (N/256,) \\
+    weight.nested_quant_map                float32 (256,)   / under double quantization only
+    weight.quant_state.bitsandbytes__nf4   uint8            JSON: scheme, block size, shape and dtype of the weight
+
+for n weights in N blocks. So a quantized Llama checkpoint is read as it stands, and transformers reads ours. int4,
+which bitsandbytes does not have, is written the same way under `quant_state.minilora__int4`.
+
+Wrong codes decode to wrong weights and never fail, so everything that can be checked is checked here.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minilora.levels import LEVELS, SCALE_LEVELS
+from minilora.quant import SCALE_BLOCK, Linear4bit, QuantizedTensor, check_settings, stored_shapes
+
+STATE = {"nf4": "quant_state.bitsandbytes__nf4", "fp4": "quant_state.bitsandbytes__fp4"}
+STATE["int4"] = "quant_state.minilora__int4"
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+DTYPES["float64"] = torch.float64
+
+
+def quantized_parts(names: list[str]) -> dict[str, list[str]]:
+    """The layers that these tensors hold in 4 bits, each with the names of its tensors."""
+    ends = tuple(f".weight.{state}" for state in STATE.values())
+    parts = {name.rpartition(".weight.quant_state.")[0]: [] for name in names if name.endswith(ends)}
+    for name in names:
+        layer, _, rest = name.partition(".weight")
+        if layer in parts and (not rest or rest.startswith(".")):
+            parts[layer].append(name)
+    return parts
+
+
+def layer_tensors(name: str, layer: Linear4bit) -> dict[str, Tensor]:
+    """The layer's weight as it is written, by full name; the bias is an ordinary tensor and not among them."""
+    quantized = layer.quantized
+    state = {
+        "quant_type": quantized.scheme,
+        "blocksize": quantized.block_size,
+        "dtype": str(quantized.dtype).removeprefix("torch."),
+        "shape": list(quantized.shape),
+    }
+    tensors = {
+        "weight": quantized.codes[:, None],
+        "weight.absmax": quantized.scales,
+        "weight.quant_map": LEVELS[quantized.scheme].clone(),  # two names in a file must not share one memory
+    }
+    if quantized.nested_scales is not None:
+        offset = quantized.nested_offset.item()
+        state |= {"nested_blocksize": SCALE_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+        tensors |= {"weight.nested_absmax": quantized.nested_scales, "weight.nested_quant_map": SCALE_LEVELS.clone()}
+    tensors[f"weight.{STATE[quantized.scheme]}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    return {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+
+
+def read_layer(tensors: dict[str, Tensor], shape: tuple[int, int]) -> QuantizedTensor:
+    """The weight of one layer from its tensors, named as above. shape: (out, in), as the model has it.
+
+    Raises ValueError, one sentence without the layer's name, for tensors that are missing or too many, a quant state
+    that is not the JSON it should be or is of another shape, levels other than ours, codes or scales of the wrong
+    size, and scales that are not finite.
+    """
+    (key,) = [key for key in tensors if key.startswith("weight.quant_state.")]
+    state = read_state(tensors[key], key, shape)
+    nested = "nested_blocksize" in state
+    needed = {"weight", "weight.absmax", "weight.quant_map", key}
+    needed |= {"weight.nested_absmax", "weight.nested_quant_map"} if nested else set()
+    if missing := sorted(needed - tensors.keys()):
+        raise ValueError(f"lacks {', '.join(missing)}")
+    if extra := sorted(tensors.keys() - needed):
+        raise ValueError(f"has {', '.join(extra)}, which its quant state does not speak of")
+    maps = {"weight.quant_map": LEVELS[state["quant_type"]], "weight.nested_quant_map": SCALE_LEVELS}
+    for name in maps.keys() & tensors.keys():
+        found = tensors[name].float().cpu()
+        if found.shape != maps[name].shape or not torch.allclose(found, maps[name], rtol=0, atol=1e-6):
+            raise ValueError(f"has a {name} with other levels than those of {state['quant_type']}")
+
+    found = {"codes": tensors["weight"].contiguous().view(-1).view(torch.uint8), "scales": tensors["weight.absmax"]}
+    if nested:
+        found["nested_scales"] = tensors["weight.nested_absmax"]
+        found["nested_offset"] = torch.tensor(state["nested_offset"], device=tensors["weight"].device)
+    names = {"codes": "weight", "scales": "weight.absmax", "nested_scales": "weight.nested_absmax"}
+    for field, (size, dtype) in stored_shapes(math.prod(shape), state["blocksize"], nested).items():
+        tensor, name = found[field], names.get(field, "nested_offset")
+        if tuple(tensor.shape) != size or tensor.dtype != dtype:
+            raise ValueError(
+                f"has a {name} of {tensor.numel()} values of {tensor.dtype}, where a weight of shape {shape} in blocks "
+                f"of {state['blocksize']} needs {math.prod(size)} of {dtype}"
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"has a {name} with NaN or infinity in it")
+    dtype = DTYPES[state["dtype"]]
+    return QuantizedTensor(scheme=state["quant_type"], block_size=state["blocksize"], shape=shape, dtype=dtype, **found)
+
+
+def read_state(stored: Tensor, key: str, shape: tuple[int, int]) -> dict:
+    """The JSON of a quant state, checked."""
+    try:
+        state = json.loads(bytes(stored.tolist()))
+        found = {name: state[name] for name in ("quant_type", "blocksize", "dtype", "shape")}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"has a {key} that is not the JSON it should be: {error!r}") from None
+    if STATE.get(found["quant_type"]) != key.removeprefix("weight."):
+        raise ValueError(f"has a {key} that says quant_type {found['quant_type']!r}")
+    check_settings(found["quant_type"], found["blocksize"])
+    if found["dtype"] not in DTYPES:
+        raise ValueError(f"has dtype {found['dtype']!r} in its quant state; known: {', '.join(DTYPES)}")
+    if found["shape"] != list(shape):
+        raise ValueError(f"has shape {found['shape']} in its quant state, where the config makes it {list(shape)}")
+    if "nested_blocksize" in state:
+        offset = state.get("nested_offset")
+        if state["nested_blocksize"] != SCALE_BLOCK or not isinstance(offset, float):
+            raise ValueError(f"needs nested_blocksize {SCALE_BLOCK} and a number as nested_offset in its quant state")
+    return state
+
+
+def quantization_settings(layer: Linear4bit, compute_dtype: torch.dtype) -> dict:
+    """What config.json says of a model with such layers, in transformers' words."""
+    if layer.scheme == "int4":
+        return {"quant_method": "minilora", "quant_type": "int4"}
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": layer.scheme,
+        "bnb_4bit_use_double_quant": layer.double_quant,
+        "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+    }
+
+
+def check_quantization(settings, path: Path):
+    """Raises ValueError for a quantization_config of another kind than the layout above."""
+    settings = settings if isinstance(settings, dict) else {"quant_method": settings}
+    method, eight = settings.get("quant_method", "bitsandbytes"), settings.get("load_in_8bit")
+    if method not in ("bitsandbytes", "minilora") or eight:
+        kind = f"{method!r}{' in 8 bits' if eight else ''}"
+        raise ValueError(f"{path} has a quantization_config of {kind}; only bitsandbytes' 4 bits can be read")
