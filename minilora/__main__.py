@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from minilora.adapters.inject import merge_lora
 from minilora.experiments import bench as benchmarks
 from minilora.experiments.compare import compare as compare_methods
 from minilora.experiments.compare import tune
 from minilora.experiments.finetune import (
     BASE,
     METHODS,
+    QUANTIZATION,
     Base,
     copy_tokenizer,
     open_base,
@@ -24,15 +24,17 @@ from minilora.experiments.finetune import (
     tuned_learning_rate,
 )
 from minilora.experiments.finetune import finetune as finetune_method
+from minilora.experiments.merge import merge_adapter
 from minilora.experiments.pretrain import pretrain as pretrain_base
 from minilora.experiments.simulate import DTYPES, simulate
 from minilora.inference.evaluate import evaluate_world, score_task
 from minilora.inference.generate import generate as generate_tokens
+from minilora.levels import LEVELS
 from minilora.lora import LoRAConfig
+from minilora.model import GPT
 from minilora.presets import PRESETS
-from minilora.storage.adapters import load_adapter
+from minilora.storage.adapters import base_quantization, load_adapter
 from minilora.storage.files import make_folder
-from minilora.storage.models import save_model
 from minilora.text.datasets import PYTHON_CODE, load_dataset
 from minilora.text.tasks import TASKS
 
@@ -62,6 +64,10 @@ def targets_of(text: str) -> list[str] | str:
     return text.split(",")
 
 
+def quantization_of(options) -> dict:
+    return {"scheme": options.scheme, "block_size": options.block_size, "double_quant": options.double_quant}
+
+
 def base_of(options) -> Base:
     return open_base(options.base, device_of(options))
 
@@ -71,20 +77,24 @@ def dataset_of(options, base: Base):
 
 
 def compare(options):
-    """Full fine-tuning and LoRA from the same base on the same data: a table, figures and results.json."""
+    """Full fine-tuning, LoRA and QLoRA from the same base on the same data: a table, figures and results.json."""
     base = base_of(options)
     dataset = dataset_of(options, base)
     lora, methods = lora_of(options), options.methods.split(",")
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
         raise ValueError(f"unknown method {unknown[0]!r}; known: {', '.join(METHODS)}")
+    quantization = quantization_of(options)
     if options.tune:
-        for method, choice in tune(base, dataset, methods, lora, options.steps, options.batch_size).items():
+        tuned = tune(base, dataset, methods, lora, options.steps, options.batch_size, quantization)
+        for method, choice in tuned.items():
             print(method, choice)
         return
     seeds = [options.seed + number for number in range(options.seeds)]
     rates = {method: options.learning_rate for method in methods} if options.learning_rate else None
-    compare_methods(base, dataset, methods, lora, options.steps, options.batch_size, seeds, options.out, rates)
+    compare_methods(
+        base, dataset, methods, lora, options.steps, options.batch_size, seeds, options.out, rates, quantization
+    )
     print(f"\nfigures, results.json and what was trained are in {options.out}")
 
 
@@ -110,13 +120,14 @@ def finetune(options):
         precision=options.precision,
         save_every=options.save_every,
     )
-    summary = finetune_method(base, dataset, options.method, lora_of(options), config, options.out, options.resume)
+    lora, quantization = lora_of(options), quantization_of(options)
+    summary = finetune_method(base, dataset, options.method, lora, config, options.out, quantization, options.resume)
     for name, value in summary.items():
         print(f"{name:<22}{value}")
 
 
 def generate(options):
-    """Text from a base, with or without an adapter."""
+    """Text from a base, with or without an adapter, in floats or in 4 bits."""
     base = base_of(options)
     model = load_with_adapter(base, options)
     prompt = [base.tokenizer.bos_id, *base.tokenizer.encode(options.prompt.replace("\\n", "\n"))]
@@ -147,6 +158,7 @@ def memory(options):
         target_modules=targets_of(options.targets),
         gradient_checkpointing=options.gradient_checkpointing,
         accumulation_steps=options.accumulation_steps,
+        quantization=quantization_of(options),
     )
     print(report.table())
 
@@ -155,11 +167,9 @@ def merge(options):
     """An adapter into its base, written as a plain model folder."""
     base = base_of(options)
     make_folder(options.out)
-    model = load_adapter(base.load(), options.adapter, options.force)
-    merge_lora(model)
-    save_model(model, options.out)
+    report = merge_adapter(load_with_adapter(base, options), options.out)
     copy_tokenizer(base, options.out)
-    print(f"merged {options.adapter} into {options.base}: {options.out}")
+    print(f"merged {options.adapter} into {options.base}: {options.out}\n{report.text()}")
 
 
 def evaluate(options):
@@ -181,8 +191,12 @@ def bench(options):
     print(benchmarks.format_bench(benchmarks.run_bench(settings), settings))
 
 
-def load_with_adapter(base: Base, options):
-    model = base.load()
+def load_with_adapter(base: Base, options) -> GPT:
+    """The base as --quantize says, and by default as the adapter's base was when the adapter was trained."""
+    if options.quantize == "auto":
+        model = base.load(base_quantization(options.adapter) if options.adapter else None)
+    else:
+        model = base.load(None if options.quantize == "none" else QUANTIZATION | {"scheme": options.quantize})
     return load_adapter(model, options.adapter, options.force) if options.adapter else model
 
 
@@ -203,6 +217,14 @@ def build_parser() -> argparse.ArgumentParser:
     def adapter_options(added, required=False):
         added.add_argument("--adapter", type=Path, required=required, help="an adapter folder in PEFT layout")
         added.add_argument("--force", action="store_true", help="load an adapter that was trained on another base")
+        choices = ("auto", "none", *LEVELS)
+        help = "keep the base in 4 bits, or not (auto: as it was when the adapter was trained)"
+        added.add_argument("--quantize", choices=choices, default="auto", help=help)
+
+    def quantization_options(added):
+        added.add_argument("--scheme", choices=LEVELS, default=QUANTIZATION["scheme"], help="4 bits of qlora's base")
+        added.add_argument("--block-size", type=int, default=QUANTIZATION["block_size"], help="weights with one scale")
+        added.add_argument("--double-quant", action=argparse.BooleanOptionalAction, default=True, help="8-bit scales")
 
     def lora_options(added, targets="all-linear"):
         added.add_argument("--rank", type=int, default=8)
@@ -223,6 +245,7 @@ def build_parser() -> argparse.ArgumentParser:
         base_options(added)
         training_options(added)
         lora_options(added)
+        quantization_options(added)
         added.add_argument("--out", type=Path, default=Path("runs") / function.__name__)
         if function is compare:
             added.add_argument("--methods", default=",".join(METHODS))
@@ -252,6 +275,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     added = verb(memory)
     lora_options(added, targets="q_proj,v_proj")
+    quantization_options(added)
     added.add_argument("--model", choices=PRESETS, default="llama-2-7b")
     added.add_argument("--method", choices=METHODS, default="lora")
     added.add_argument("--batch-size", type=int, default=1)

@@ -181,17 +181,28 @@ def quantize_scales(quantized: QuantizedTensor) -> QuantizedTensor:
 def dequantize(quantized: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
     """absmax · level[code] for every weight, in its own shape; multiplied in float32, then cast to `dtype` (None: the
     dtype it had)."""
-    n, size = math.prod(quantized.shape), quantized.block_size
-    scales = quantized.absmax()
-    pairs = PAIRS[quantized.scheme].to(scales.device)
-    codes = F.pad(quantized.codes, (0, len(scales) * size // 2 - len(quantized.codes)))  # fills the last block up
-    weight = torch.empty(len(scales), size, dtype=dtype or quantized.dtype, device=scales.device)  # (N, block_size)
-    for some_codes, some_scales, target in zip(
-        codes.split(CHUNK // 2), scales.split(CHUNK // size), weight.split(CHUNK // size), strict=True
-    ):
-        values = F.embedding(some_codes.int(), pairs).view(-1, size)
+    scheme, size, dtype = quantized.scheme, quantized.block_size, dtype or quantized.dtype
+    return dequantize_blocks(quantized.codes, quantized.absmax(), scheme, size, list(quantized.shape), dtype)
+
+
+@torch.library.custom_op("minilora::dequantize_blocks", mutates_args=())
+def dequantize_blocks(
+    codes: Tensor, absmax: Tensor, scheme: str, block_size: int, shape: list[int], dtype: torch.dtype
+) -> Tensor:
+    """One operation in torch's eyes, as a kernel is: fake tensors and the meter pass it in one step."""
+    pairs = PAIRS[scheme].to(codes.device)
+    codes = F.pad(codes, (0, len(absmax) * block_size // 2 - len(codes)))  # fills the last block up
+    weight = torch.empty(len(absmax), block_size, dtype=dtype, device=codes.device)  # (N, block_size)
+    pieces = codes.split(CHUNK // 2), absmax.split(CHUNK // block_size), weight.split(CHUNK // block_size)
+    for some_codes, some_scales, target in zip(*pieces, strict=True):
+        values = F.embedding(some_codes.int(), pairs).view(-1, block_size)
         torch.mul(values, some_scales[:, None], out=target)
-    return weight.view(-1)[:n].view(quantized.shape)
+    return weight.view(-1)[: math.prod(shape)].view(shape)
+
+
+@dequantize_blocks.register_fake
+def _(codes, absmax, scheme, block_size, shape, dtype):
+    return codes.new_empty(shape, dtype=dtype)
 
 
 class DequantizedLinear(Function):

@@ -17,6 +17,7 @@ TINY = BenchSettings(
     batch_size=2,
     sequence_length=32,
     r=2,
+    matrix_size=64,
     rounds=3,
     threads=1,
     progress=False,
@@ -29,14 +30,17 @@ def rows():
 
 
 def test_every_claim_has_a_row_with_a_median_between_its_extremes(rows):
-    assert [row.bar for row in rows] == [0.72, 0.80, 1.05]
+    bars = {row.claim: row.bar for row in rows if row.bar is not None and "bitsandbytes" not in row.claim}
+    assert list(bars.values()) == [0.72, 0.80, 1.05], bars
+    assert len(rows) in (6, 8), "with bitsandbytes two rows more"
     for row in rows:
         assert 0 < row.lowest <= row.ratio <= row.highest, row
 
 
 def test_the_arithmetic_of_a_lora_step_is_near_two_thirds_and_of_a_merged_forward_exactly_one(rows):
-    few, every, merged = rows
+    few, every, quantized, merged = rows[:4]
     assert merged.arithmetic == 1.0
+    assert quantized.arithmetic > every.arithmetic, "QLoRA leaves the base's product as it is and adds thin ones"
     # r / width is 1/16 here: the thin products weigh far more than at the shape of the claims.
     assert 0.55 < few.arithmetic < every.arithmetic < 1.0, (few, every)
 

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from minilora import GPT, GPTConfig, load_model, save_model
 from minilora.__main__ import main, targets_of
 from minilora.experiments.finetune import BASE
+from minilora.quant import quantized_layers
+from minilora.storage.adapters import base_quantization
 
 
 @pytest.fixture(scope="session")
@@ -65,18 +67,17 @@ def test_compare_writes_what_it_promises(tiny, text, tmp_path, capsys):
     arguments = small("--base", tiny, "--data", text, "--sequence-length", 32, "--out", tmp_path, "--seeds", 2)
     assert main(arguments) == 0  # no verb: compare
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [(row["method"], row["seed"]) for row in results["runs"]] == [
-        ("full", 0),
-        ("full", 1),
-        ("lora", 0),
-        ("lora", 1),
-    ]
+    methods = ("full", "lora", "qlora")
+    assert [(row["method"], row["seed"]) for row in results["runs"]] == [(name, s) for name in methods for s in (0, 1)]
     for row in results["runs"]:
         assert set(row["bytes"]) == {"weights", "gradients", "optimizer", "activations", "peak"}
         assert row["validation_loss"][0][0] == 0 and row["validation_loss"][-1][0] == 4
         assert row["best_validation_loss"] == min(loss for _, loss in row["validation_loss"])
         assert row["artifact_bytes"] > 0 and row["score"] is None
-    full, lora = results["runs"][0], results["runs"][2]
+    full, lora, qlora = results["runs"][::2]
+    assert (full["bits_per_weight"], lora["bits_per_weight"]) == (32, 32) and 4 < qlora["bits_per_weight"] < 4.5
+    assert qlora["bytes"]["weights"] < lora["bytes"]["weights"]
+    assert qlora["total_parameters"] == lora["total_parameters"], "a weight in 4 bits is one parameter"
     assert full["trainable_parameters"] == full["total_parameters"]
     assert lora["bytes"]["gradients"] < full["bytes"]["gradients"] / 3
     assert lora["bytes"]["optimizer"] < full["bytes"]["optimizer"] / 3
@@ -116,6 +117,40 @@ def test_merge_gives_a_plain_model_that_says_the_same(tiny, adapter, tmp_path, c
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
     assert load_model(tmp_path / "merged").config == load_model(tiny).config
+
+
+def test_qlora_from_training_to_a_merged_model(tiny, text, tmp_path, capsys):
+    """generate quantizes the base as the adapter says; merge writes floats and says why; the quantized base is kept."""
+    adapter, merged = str(tmp_path / "adapter"), str(tmp_path / "merged")
+    common = ["--base", tiny, "--data", text, "--sequence-length", 32, "--method", "qlora", "--scheme", "fp4"]
+    assert main(["finetune", *small(*common, "--block-size", 32, "--out", adapter)]) == 0
+    assert base_quantization(adapter) == {"scheme": "fp4", "block_size": 32, "double_quant": True}
+    ask = ["generate", "--base", str(tiny), "--adapter", adapter, "The quick brown", "--max-new-tokens", "12"]
+    capsys.readouterr()
+    assert main(ask) == 0
+    said = capsys.readouterr().out
+    fails(capsys, [*ask, "--quantize", "none"], "another base", "fp4", "floats")
+    assert main([*ask, "--quantize", "none", "--force"]) == 0
+
+    assert main(["merge", "--base", str(tiny), "--adapter", adapter, "--out", merged]) == 0
+    report = capsys.readouterr().out
+    assert "not lossless" in report and "largest logit difference" in report
+    assert main(["generate", "--base", merged, "The quick brown", "--max-new-tokens", "12"]) == 0
+    assert capsys.readouterr().out == said
+    assert not quantized_layers(load_model(merged))
+
+
+def test_a_base_in_4_bits_on_disk(tiny, text, tmp_path, capsys):
+    """It is fine-tuned with qlora as it stands, and refused for full fine-tuning with the reason."""
+    base = tmp_path / "base"
+    save_model(load_model(tiny, quantize_to="int4", block_size=16), base)
+    shutil.copyfile(tiny / "tokenizer.model", base / "tokenizer.model")
+    common = ["--base", base, "--data", text, "--sequence-length", 32, "--out", tmp_path / "out"]
+    fails(capsys, ["finetune", *common, "--method", "full"], "4 bits", "no gradient", "qlora")
+    assert main(["finetune", *small(*common, "--method", "qlora")]) == 0
+    assert base_quantization(tmp_path / "out") == {"scheme": "int4", "block_size": 16, "double_quant": True}
+    assert main(["generate", "--base", str(base), "--adapter", str(tmp_path / "out"), "The quick brown"]) == 0
+    assert main(["evaluate", "--base", str(tiny), "--quantize", "nf4", "--count", "2"]) == 0
 
 
 def test_full_fine_tuning_writes_a_model(tiny, text, tmp_path, capsys):
@@ -238,6 +273,8 @@ def test_output_that_cannot_be_written(tiny, text, tmp_path, capsys):
 def test_settings_that_cannot_work(tiny, text, tmp_path, capsys):
     more = ["--base", tiny, "--data", text, "--sequence-length", 32, "--out", tmp_path / "out"]
     fails(capsys, ["compare", *more, "--methods", "full,magic"], "magic")
+    fails(capsys, ["compare", *more, "--methods", "qlora", "--block-size", 48], "block_size is 48", "16 to 4096")
+    fails(capsys, ["finetune", *more, "--method", "qlora", "--scheme", "nf5"], "nf5", "nf4")
     fails(capsys, ["compare", *more, "--steps", 0], "steps")
     fails(capsys, ["compare", *more, "--batch-size", 0], "batch_size")
     fails(capsys, ["finetune", *more, "--learning-rate", -1], "learning_rate")

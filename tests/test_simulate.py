@@ -8,6 +8,7 @@ from minilora.experiments.simulate import MemoryReport, count_base_parameters, s
 from minilora.lora import LoRAConfig
 from minilora.memory import KINDS, MemoryMeter
 from minilora.model import GPT, GPTConfig
+from minilora.quant import quantize_model
 from minilora.train import TrainConfig, make_optimizer, set_gradient_checkpointing, training_step
 
 BASE = GPTConfig.preset("base", num_hidden_layers=3)  # six query heads, two key/value heads, tied embeddings
@@ -19,7 +20,9 @@ def real_step(method: str, dtype=torch.float32, autocast=False, checkpointing=Fa
     """The second training step on real tensors, under the meter."""
     torch.manual_seed(0)
     model = GPT(BASE).to(dtype)
-    if method == "lora":
+    if method == "qlora":
+        quantize_model(model)
+    if method != "full":
         apply_lora(model, LoRAConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
     config = TrainConfig(
         steps=2,
@@ -47,7 +50,7 @@ def assert_same_bytes(report: MemoryReport, meter: MemoryMeter):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_simulated_equals_real(method, checkpointing):
     report = simulate(
         BASE, method, batch_size=B, sequence_length=T, dtype="float32", gradient_checkpointing=checkpointing
@@ -55,7 +58,7 @@ def test_simulated_equals_real(method, checkpointing):
     assert_same_bytes(report, real_step(method, checkpointing=checkpointing))
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_simulated_equals_real_in_bfloat16(method):
     assert_same_bytes(simulate(BASE, method, B, T), real_step(method, torch.bfloat16))
 
@@ -66,7 +69,7 @@ def test_simulated_equals_real_under_autocast_and_accumulation():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_formula_equals_simulation(method, dtype):
     report = simulate(BASE, method, 1, 16, dtype=dtype)
     for name, predicted in report.predicted.items():
@@ -85,6 +88,21 @@ def test_lora_has_few_gradients_and_little_state():
     full, lora = (simulate(BASE, method, B, T, dtype="float32") for method in ("full", "lora"))
     assert lora.gradients + lora.optimizer < 0.03 * (full.gradients + full.optimizer)
     assert lora.activations < full.activations and lora.peak < full.peak
+
+
+def test_qlora_stores_the_linears_in_4_bits_and_keeps_lora_s_activations():
+    """With and without double quantization; of a layer's float weight only one copy exists at a time."""
+    lora, qlora = (simulate(BASE, method, B, T, dtype="float32") for method in ("lora", "qlora"))
+    linears = BASE.num_hidden_layers * (2 * 192 * 192 + 2 * 192 * 64 + 3 * 192 * 512)
+    saved = lora.weights - qlora.weights
+    assert 0.99 < saved / (linears * (4 - 4.13 / 8)) < 1.01, f"{saved} bytes less of {4 * linears}"
+    plain = simulate(
+        BASE, "qlora", B, T, dtype="float32", quantization=dict(scheme="nf4", block_size=64, double_quant=False)
+    )
+    assert 0.37 < 8 * (plain.weights - qlora.weights) / linears < 0.374, "0.373 bits a weight for scales in float32"
+    assert abs(qlora.activations - lora.activations) <= 4 * 192 * 512, (qlora.activations, lora.activations)
+    assert (qlora.gradients, qlora.optimizer) == (lora.gradients, lora.optimizer)
+    assert qlora.total_parameters == lora.total_parameters
 
 
 def test_lora_options_reach_the_layers():
@@ -141,7 +159,11 @@ def test_as_dict_has_the_names_of_results_json():
     "arguments, sentence",
     [
         (dict(config="llama-9"), "unknown preset"),
-        (dict(method="qlora"), "'qlora' cannot be simulated yet"),
+        (
+            dict(method="qlora", quantization=dict(scheme="nf5", block_size=64, double_quant=True)),
+            "unknown scheme 'nf5'",
+        ),
+        (dict(method="qlora", quantization=dict(scheme="nf4", block_size=48, double_quant=True)), "block_size is 48"),
         (dict(method="magic"), "unknown method 'magic'"),
         (dict(dtype="int3"), "unknown dtype 'int3'"),
         (dict(sequence_length=513), "513.*1 to 512"),

@@ -5,10 +5,11 @@ order, and everything that is said of it is measured here: parameters, bytes by 
 score of its answers and the size of what it saves.
 """
 
+import math
 import platform
 import statistics
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,17 +17,29 @@ from tqdm import tqdm
 
 from minilora.adapters.inject import count_parameters
 from minilora.experiments import plots
-from minilora.experiments.finetune import LEARNING_RATES, Base, Run, run, run_config, tuned_learning_rate
+from minilora.experiments.finetune import (
+    LEARNING_RATES,
+    QUANTIZATION,
+    Base,
+    Run,
+    adapter_settings,
+    run,
+    run_config,
+    tuned_learning_rate,
+)
 from minilora.inference.evaluate import Scored, score_task
 from minilora.inference.generate import generate
 from minilora.lora import LoRAConfig
 from minilora.memory import MemoryMeter, format_bytes
+from minilora.model import GPT
+from minilora.quant import float_linears, quantized_layers
 from minilora.storage.files import make_folder, read_json, write_json
 from minilora.text.datasets import Dataset
 from minilora.train import NonFiniteError, batch_rows, make_optimizer, set_gradient_checkpointing, training_step
 
 # Each about three times the one before. LoRA's best rate is known to lie about ten times above full fine-tuning's.
 GRIDS = {"full": [3e-4, 1e-3, 3e-3, 1e-2], "lora": [1e-3, 3e-3, 1e-2, 3e-2]}
+GRIDS["qlora"] = GRIDS["lora"]
 TUNING_SEED = 1000  # not one of the seeds that are compared
 TIMING_ROUNDS = 8
 
@@ -41,11 +54,12 @@ def compare(
     seeds: list[int],
     out: Path,
     learning_rates: dict[str, float] | None = None,
+    quantization: dict = QUANTIZATION,
     progress: bool = True,
 ) -> dict:
     """Runs every method with every seed; writes figures, artifacts and results.json to `out`; returns the results.
 
-    learning_rates: by method, in place of the tuned ones.
+    learning_rates: by method, in place of the tuned ones. quantization: qlora's, as arguments of quantize_model.
     """
     make_folder(out)
     given = learning_rates or {}
@@ -56,7 +70,7 @@ def compare(
         for seed in seeds:
             began = time.perf_counter()
             config = run_config(steps, rates[method], batch_size, seed)
-            done = run(base, dataset, method, lora, config, progress=progress)
+            done = run(base, dataset, method, lora, config, quantization, progress=progress)
             wall_seconds = time.perf_counter() - began
             rows.append(describe(done, base, dataset, out / f"{method}-seed{seed}", wall_seconds))
             if seed == seeds[0]:
@@ -103,6 +117,7 @@ def describe(done: Run, base: Base, dataset: Dataset, artifact: Path, wall_secon
         "seed": done.seed,
         "trainable_parameters": trainable,
         "total_parameters": total,
+        "bits_per_weight": bits_per_weight(done.model),
         "learning_rate": done.config.learning_rate,
         "seconds_per_step": done.history.seconds_per_step,
         "wall_seconds": wall_seconds,
@@ -112,6 +127,14 @@ def describe(done: Run, base: Base, dataset: Dataset, artifact: Path, wall_secon
         "score": score_task(done.model, base.tokenizer, dataset.task).score if dataset.task else None,
         "artifact_bytes": done.save(artifact),
     }
+
+
+def bits_per_weight(model: GPT) -> float:
+    """Of the block linears, counted from the bytes of what is stored, adapters left out."""
+    floats, codes = float_linears(model).values(), [layer.quantized for layer in quantized_layers(model).values()]
+    stored = sum(layer.weight.nbytes for layer in floats) + sum(weight.nbytes for weight in codes)
+    count = sum(layer.weight.numel() for layer in floats) + sum(math.prod(weight.shape) for weight in codes)
+    return 8 * stored / count
 
 
 def first_batch(done: Run, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,6 +210,7 @@ def table(results: dict) -> str:
         line("", lambda rows: rows[0]["method"]),
         line("trainable parameters", lambda rows: f"{rows[0]['trainable_parameters']:,d}"),
         line("  of all", share),
+        line("bits per weight, block linears", lambda rows: f"{rows[0]['bits_per_weight']:.2f}"),
         *(
             line(f"bytes of tensors: {kind}" if kind == "weights" else f"  {kind}", cell)
             for kind in ("weights", "gradients", "optimizer", "activations", "peak")
@@ -230,7 +254,15 @@ def indent(text: str) -> list[str]:
     return [f"    {line}" for line in text.strip().splitlines()[:12]]
 
 
-def tune(base: Base, dataset: Dataset, methods: list[str], lora: LoRAConfig, steps: int, batch_size: int) -> dict:
+def tune(
+    base: Base,
+    dataset: Dataset,
+    methods: list[str],
+    lora: LoRAConfig,
+    steps: int,
+    batch_size: int,
+    quantization: dict = QUANTIZATION,
+) -> dict:
     """Tries each method's grid of learning rates with a seed of its own and stores the choice for this data set."""
     chosen = {}
     for method in methods:
@@ -238,7 +270,7 @@ def tune(base: Base, dataset: Dataset, methods: list[str], lora: LoRAConfig, ste
         for rate in GRIDS[method]:
             try:
                 config = run_config(steps, rate, batch_size, TUNING_SEED)
-                losses[rate] = run(base, dataset, method, lora, config).history.best_validation_loss
+                losses[rate] = run(base, dataset, method, lora, config, quantization).history.best_validation_loss
             except NonFiniteError:  # diverged: out of the question
                 losses[rate] = None
         finite = {rate: loss for rate, loss in losses.items() if loss is not None}
@@ -248,7 +280,7 @@ def tune(base: Base, dataset: Dataset, methods: list[str], lora: LoRAConfig, ste
             "steps": steps,
             "batch_size": batch_size,
             "seed": TUNING_SEED,
-            **({"lora": asdict(lora)} if method != "full" else {}),
+            **adapter_settings(method, lora, quantization),
         }
     stored = read_json(LEARNING_RATES) if LEARNING_RATES.exists() else {}
     stored[dataset.name] = stored.get(dataset.name, {}) | chosen

@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 
 from minilora.adapters.inject import apply_lora, count_parameters, lora_layers
+from minilora.experiments.simulate import QUANTIZATION
 from minilora.inference.evaluate import score_task
 from minilora.lora import LoRAConfig
 from minilora.model import GPT
+from minilora.quant import quantize_model, quantized_layers
 from minilora.storage.adapters import save_adapter
 from minilora.storage.files import make_folder, read_json, replacing
 from minilora.storage.models import load_model, save_model
@@ -23,15 +25,27 @@ from minilora.train import History, TrainConfig, train
 DATA = Path(__file__).parents[2] / "data"
 BASE = DATA / "base"
 LEARNING_RATES = DATA / "learning_rates.json"
-METHODS = ("full", "lora")
+METHODS = ("full", "lora", "qlora")
 
 
-def prepare(model: GPT, method: str, lora: LoRAConfig) -> GPT:
-    """The one line in which the methods differ: what is trainable. ValueError for an unknown method."""
+def prepare(model: GPT, method: str, lora: LoRAConfig, quantization: dict = QUANTIZATION) -> GPT:
+    """The one line in which the methods differ: what is trainable, and for qlora how the rest is stored.
+
+    A base that is in 4 bits already is taken as it is. Raises ValueError for an unknown method, and for full
+    fine-tuning of a base in 4 bits.
+    """
+    in_4_bits = bool(quantized_layers(model))
+    if method == "full" and in_4_bits:
+        raise ValueError(
+            "method full cannot train a base in 4 bits: its codes are whole numbers, which have no gradient and on "
+            "which a small step rounds away; use method qlora, or a base in floats"
+        )
     if method == "full":
         return model.requires_grad_(True)
-    if method == "lora":
+    if method == "lora" or (method == "qlora" and in_4_bits):
         return apply_lora(model, lora)
+    if method == "qlora":
+        return apply_lora(quantize_model(model, **quantization), lora)
     raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
 
 
@@ -43,8 +57,10 @@ class Base:
     tokenizer: Tokenizer
     device: str
 
-    def load(self) -> GPT:
-        return load_model(self.directory, dtype=torch.float32, device=self.device)
+    def load(self, quantization: dict | None = None) -> GPT:
+        """In float32, or with the block linears in 4 bits: arguments of quantize_model."""
+        settings = dict(quantization or {})
+        return load_model(self.directory, torch.float32, self.device, settings.pop("scheme", None), **settings)
 
 
 def open_base(directory: str | Path, device: str = "cpu") -> Base:
@@ -82,6 +98,12 @@ def tuned_learning_rate(data: str, method: str) -> float:
     return tuned[data if data in tuned else nearest][method]["chosen"]
 
 
+def adapter_settings(method: str, lora: LoRAConfig, quantization: dict) -> dict:
+    """What a run depends on besides TrainConfig, as JSON holds it."""
+    settings = {"lora": asdict(lora)} if method != "full" else {}
+    return settings | ({"quantization": quantization} if method == "qlora" else {})
+
+
 @dataclass
 class Run:
     """A finished run: the trained model, in eval mode, with its losses."""
@@ -107,18 +129,19 @@ def run(
     method: str,
     lora: LoRAConfig,
     config: TrainConfig,
+    quantization: dict = QUANTIZATION,
     state_path: Path | None = None,
     **more,
 ) -> Run:
     """Trains one method from the base. `more` goes to `train`; with `state_path`, what the run depends on is stored."""
     torch.manual_seed(config.seed)  # of the random start of A
-    model = prepare(base.load(), method, lora)
+    model = prepare(base.load(), method, lora, quantization)
     longest, limit = dataset.train.input_ids.shape[1], model.config.max_position_embeddings
     if longest > limit:
         raise ValueError(
             f"sequences of {longest} tokens are longer than the model's {limit}; shorten --sequence-length"
         )
-    settings = {"method": method, "data": dataset.name, **({"lora": asdict(lora)} if method != "full" else {})}
+    settings = {"method": method, "data": dataset.name, **adapter_settings(method, lora, quantization)}
     history = train(
         model,
         dataset.train,
@@ -139,6 +162,7 @@ def finetune(
     lora: LoRAConfig,
     config: TrainConfig,
     out: Path,
+    quantization: dict = QUANTIZATION,
     resume: bool = False,
     progress: bool = True,
 ) -> dict:
@@ -149,7 +173,7 @@ def finetune(
     if state.exists() and not resume:
         raise ValueError(f"{state} holds an unfinished run: continue it with --resume, or remove it to begin anew")
     make_folder(out)
-    done = run(base, dataset, method, lora, config, state, resume=resume, progress=progress)
+    done = run(base, dataset, method, lora, config, quantization, state, resume=resume, progress=progress)
     size = done.save(out)
     if method == "full":
         copy_tokenizer(base, out)

@@ -14,12 +14,14 @@ What a parameter costs in bytes, with Adam:
     float32 with autocast           4       4       8      16     and bfloat16 copies of the matrices, as activations
     mixed precision in ZeRO       2 + 4     2       8      16     a float32 master copy (Rajbhandari 2020, section 3.1)
 
-LoRA keeps the base in `dtype`, frozen, and its adapters in float32, as PEFT does: 16 bytes, for few parameters.
+LoRA keeps the base in `dtype`, frozen, and its adapters in float32, as PEFT does: 16 bytes, for few parameters. QLoRA
+keeps the block linears in 4 bits, 0.516 bytes a weight with double quantization, and the rest in `dtype`.
 
 What is simulated is torch on a CPU; its attention there, as the flash kernels on CUDA, keeps no (T, T) scores.
 Real memory on a GPU is higher: the meter's docstring says what it does not see.
 """
 
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -29,8 +31,10 @@ from minilora.adapters.inject import apply_lora, count_parameters, lora_layers
 from minilora.lora import LoRAConfig
 from minilora.memory import KINDS, Bytes, MemoryMeter, format_bytes
 from minilora.model import GPT, GPTConfig
+from minilora.quant import SCALE_BLOCK, Linear4bit, float_linears, put, quantized_layers
 from minilora.train import TrainConfig, apply_gradients, make_optimizer, set_gradient_checkpointing, training_step
 
+QUANTIZATION = {"scheme": "nf4", "block_size": 64, "double_quant": True}  # QLoRA's, as arguments of quantize_model
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -91,11 +95,12 @@ def simulate(
     target_modules: list[str] | str = ("q_proj", "v_proj"),
     gradient_checkpointing: bool = False,
     accumulation_steps: int = 1,
+    quantization: dict = QUANTIZATION,
 ) -> MemoryReport:
     """Measures the bytes of one training step of GPT(config), without its memory and without its arithmetic.
 
-    config: a GPTConfig or the name of a preset. method: "full" or "lora"; r, lora_alpha, lora_dropout and
-        target_modules are as in LoRAConfig and count for "lora" only.
+    config: a GPTConfig or the name of a preset. method: "full", "lora" or "qlora"; r, lora_alpha, lora_dropout and
+        target_modules are as in LoRAConfig, for the latter two; quantization, for qlora, as in quantize_model.
     batch_size: sequences per optimizer step; accumulation_steps cuts it, as in TrainConfig.
     dtype: of the weights, "bfloat16" or "float32". autocast: matrix products in bfloat16 whatever the weights are.
 
@@ -104,10 +109,8 @@ def simulate(
     """
     name = config if isinstance(config, str) else "GPT"
     config = GPTConfig.preset(config) if isinstance(config, str) else config
-    if method == "qlora":
-        raise ValueError("method 'qlora' cannot be simulated yet: there is no 4-bit linear layer; use 'full' or 'lora'")
-    if method not in ("full", "lora"):
-        raise ValueError(f"unknown method {method!r}; known: full, lora")
+    if method not in ("full", "lora", "qlora"):
+        raise ValueError(f"unknown method {method!r}; known: full, lora, qlora")
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     if not 1 <= sequence_length <= config.max_position_embeddings:
@@ -122,9 +125,11 @@ def simulate(
         precision="bfloat16" if autocast else "float32",
         gradient_checkpointing=gradient_checkpointing,
     )
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):  # the tables of levels are real
         model = build(config, DTYPES[dtype])
-        if method == "lora":
+        if method == "qlora":
+            empty_4bit(model, **quantization)
+        if method != "full":
             apply_lora(model, lora_config)
         set_gradient_checkpointing(model, gradient_checkpointing)
         optimizer = make_optimizer(model, train_config)
@@ -136,8 +141,9 @@ def simulate(
 
     trainable, total = count_parameters(model)
     targets = target_modules if isinstance(target_modules, str) else ", ".join(target_modules)
-    what = "full fine-tuning" if method == "full" else f"LoRA r={r} on {targets}"
-    options = [f"{dtype} weights"] + ["autocast"] * autocast + ["checkpointing"] * gradient_checkpointing
+    what = "full fine-tuning" if method == "full" else f"{'Q' * (method == 'qlora')}LoRA r={r} on {targets}"
+    stored = f"{quantization['scheme']} linears, rest {dtype}" if method == "qlora" else f"{dtype} weights"
+    options = [stored] + ["autocast"] * autocast + ["checkpointing"] * gradient_checkpointing
     return MemoryReport(
         title=f"{name}, {what}, batch {batch_size} x {sequence_length} tokens, {', '.join(options)}",
         trainable_parameters=trainable,
@@ -156,6 +162,14 @@ def build(config: GPTConfig, dtype: torch.dtype) -> GPT:
         return GPT(config)
     finally:
         torch.set_default_dtype(before)
+
+
+def empty_4bit(model: GPT, scheme: str, block_size: int, double_quant: bool):
+    """What quantize_model makes, without the numbers: fake ones cannot be rounded."""
+    for name, linear in float_linears(model).items():
+        bias, weight = linear.bias is not None, linear.weight
+        settings = (bias, scheme, block_size, double_quant, weight.device, weight.dtype)
+        put(model, name, Linear4bit(linear.in_features, linear.out_features, *settings))
 
 
 def make_optimizer_state(optimizer: torch.optim.Optimizer):
@@ -181,13 +195,24 @@ def count_base_parameters(config: GPTConfig) -> int:
 
 
 def predict(model: GPT, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes by formula: n base parameters in `dtype`, and r·(in + out) float32 numbers for each adapter, if any."""
+    """Bytes by formula: n base parameters in `dtype` or 4 bits, and r·(in + out) float32 numbers for each adapter."""
     base = count_base_parameters(model.config)
+    rounded = quantized_layers(model).values()
+    in_4_bits = sum(layer.in_features * layer.out_features for layer in rounded)
+    stored = sum(bytes_in_4_bits(layer) for layer in rounded)
     adapters = sum(layer.r * (layer.in_features + layer.out_features) for _, layer in lora_layers(model))
     tensors = sum(parameter.requires_grad for parameter in model.parameters())
     gradients = 4 * adapters if adapters else dtype.itemsize * base  # one number for each that is trained
     return {
-        "weights": dtype.itemsize * base + 4 * adapters,
+        "weights": dtype.itemsize * (base - in_4_bits) + stored + 4 * adapters,
         "gradients": gradients,
         "optimizer": 2 * gradients + 4 * tensors,  # AdamW: two averages, and a step count for each tensor
     }
+
+
+def bytes_in_4_bits(layer: Linear4bit) -> int:
+    """n/2 for the codes; for N = n / block_size scales 4 N, or N + 4 N/256 + 4 under double quantization."""
+    n = layer.in_features * layer.out_features
+    blocks = math.ceil(n / layer.block_size)
+    scales = blocks + 4 * math.ceil(blocks / SCALE_BLOCK) + 4 if layer.double_quant else 4 * blocks
+    return math.ceil(n / 2) + scales

@@ -8,6 +8,7 @@ silence. This loader names each difference instead, and checks all of them befor
 left exactly as it was when loading fails.
 """
 
+import json
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -16,11 +17,13 @@ import torch
 from minilora.adapters.inject import apply_lora, lora_layers
 from minilora.lora import LoRAConfig
 from minilora.model import GPT
+from minilora.quant import check_settings, quantized_layers
 from minilora.storage.files import open_safetensors, read_json
 from minilora.storage.models import check_directory, check_tensors, check_type, fingerprint, read_header, write_pair
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-FINGERPRINT = "base_fingerprint"  # our key in the safetensors metadata; PEFT does not read it
+# Our keys in the safetensors metadata; PEFT does not read them.
+FINGERPRINT, QUANTIZATION = "base_fingerprint", "base_quantization"
 
 # Fields of PEFT's config that we do not have, and the one value each that describes what we do.
 FIXED = {
@@ -56,7 +59,31 @@ def save_adapter(model: GPT, directory: str | Path):
     if not tensors:
         raise ValueError("the model has no LoRA layers to save; apply_lora(model, config) puts them in")
     metadata = {"format": "pt", FINGERPRINT: fingerprint(model)}
+    if quantization := quantization_of(model):
+        metadata[QUANTIZATION] = json.dumps(quantization)
     write_pair(Path(directory), WEIGHTS, tensors, metadata, CONFIG, {**FIXED, **asdict(model.lora_config)})
+
+
+def quantization_of(model: GPT) -> dict | None:
+    """How the model's base is stored in 4 bits, as arguments of quantize_model; None where it is not."""
+    for layer in quantized_layers(model).values():
+        return {"scheme": layer.scheme, "block_size": layer.block_size, "double_quant": layer.double_quant}
+    return None
+
+
+def base_quantization(directory: str | Path) -> dict | None:
+    """How the base of a saved adapter was stored in 4 bits, as the adapter's file says; None if it was not, or if the
+    file was written by another library, which keeps no such note. Raises FileNotFoundError and ValueError."""
+    path = Path(directory) / WEIGHTS
+    with open_safetensors(path) as file:
+        note = (file.metadata() or {}).get(QUANTIZATION)
+    try:
+        quantization = json.loads(note) if note else None
+        if quantization is not None:
+            check_settings(quantization["scheme"], quantization["block_size"])
+            return {key: quantization[key] for key in ("scheme", "block_size", "double_quant")}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} has a note of its base's quantization that cannot be read: {error!r}") from None
 
 
 def load_adapter(model: GPT, directory: str | Path, force: bool = False) -> GPT:
@@ -92,7 +119,10 @@ def load_adapter(model: GPT, directory: str | Path, force: bool = False) -> GPT:
         base = (file.metadata() or {}).get(FINGERPRINT)
         tensors = {name: file.get_tensor(name) for name in expected}
     if base is not None and not force and base != fingerprint(model):
-        raise ValueError(f"{directory} was trained on another base than this model; force=True loads it all the same")
+        raise ValueError(
+            f"{directory} was trained on another base than this model{_how(directory, model)}; "
+            "force=True loads it all the same"
+        )
 
     # Everything fits; from here on nothing can fail.
     if plain:
@@ -102,6 +132,15 @@ def load_adapter(model: GPT, directory: str | Path, force: bool = False) -> GPT:
             layer.lora_A.copy_(tensors[_tensor_name(name, "lora_A")])
             layer.lora_B.copy_(tensors[_tensor_name(name, "lora_B")])
     return model
+
+
+def _how(directory: Path, model: GPT) -> str:
+    """Where only the storage of the base differs, or perhaps not only: what the two are."""
+    theirs, ours = base_quantization(directory), quantization_of(model)
+    if theirs == ours:
+        return ""
+    words = [f"in 4 bits ({base['scheme']})" if base else "in floats" for base in (theirs, ours)]
+    return f" (its base was {words[0]}, this model is {words[1]})"
 
 
 def _tensor_name(module: str, matrix: str) -> str:
