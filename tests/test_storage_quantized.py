@@ -1,0 +1,348 @@
+"""A base in 4 bits on disk: bitsandbytes' layout, what is damaged in it, and the adapters that belong to it."""
+
+import json
+import re
+import warnings
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from minilora import (
+    GPT,
+    GPTConfig,
+    LoRAConfig,
+    MemoryMeter,
+    apply_lora,
+    load_adapter,
+    load_model,
+    merge_lora,
+    save_adapter,
+    save_model,
+)
+from minilora.adapters.inject import lora_layers
+from minilora.experiments.merge import merge_adapter
+from minilora.levels import LEVELS, SCALE_LEVELS
+from minilora.quant import dequantize, quantize, quantize_model, quantized_layers
+from minilora.storage.adapters import base_quantization
+from minilora.storage.models import fingerprint
+
+Q = "model.layers.0.self_attn.q_proj"
+CONFIG = GPTConfig(64, 48, 80, 2, 4, 2, max_position_embeddings=64, attention_bias=True)
+IDS = torch.arange(40).view(2, 20)
+
+
+def make_model(**changes) -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**{**vars(CONFIG), **changes}))
+
+
+@pytest.fixture
+def floats(tmp_path):
+    """A float model's folder."""
+    save_model(make_model(), tmp_path / "floats")
+    return tmp_path / "floats"
+
+
+def saved(tmp_path, scheme="nf4", double_quant=True):
+    save_model(quantize_model(make_model(), scheme, 16, double_quant), tmp_path / "quantized")
+    return tmp_path / "quantized"
+
+
+def random_adapter(model: GPT) -> GPT:
+    apply_lora(model, LoRAConfig(r=2, lora_alpha=4, target_modules="all-linear"))
+    generator = torch.Generator().manual_seed(1)
+    for _, layer in lora_layers(model):
+        layer.lora_A.data.normal_(generator=generator)
+        layer.lora_B.data.normal_(std=0.1, generator=generator)
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS)
+
+
+# -- the way there and back ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("scheme", ["nf4", "fp4", "int4"])
+def test_round_trip_is_bit_for_bit(tmp_path, scheme, double_quant):
+    model = quantize_model(make_model(tie_word_embeddings=True), scheme, 16, double_quant)
+    save_model(model, tmp_path / "quantized")
+    again = load_model(tmp_path / "quantized")
+    ours, theirs = quantized_layers(model), quantized_layers(again)
+    assert ours.keys() == theirs.keys() and len(ours) == 14
+    for name, layer in ours.items():
+        expected, found = layer.quantized, theirs[name].quantized
+        assert vars(expected).keys() == vars(found).keys() and expected.tensors.keys() == found.tensors.keys()
+        for field, tensor in expected.tensors.items():
+            assert torch.equal(tensor, found.tensors[field]), f"{name}: {field} changed on the way"
+        assert (expected.scheme, expected.block_size, expected.dtype) == (found.scheme, found.block_size, found.dtype)
+    assert torch.equal(logits(model), logits(again))
+    assert fingerprint(model) == fingerprint(again)
+
+
+@pytest.mark.parametrize("scheme, double_quant", [("nf4", True), ("fp4", False), ("int4", True)])
+def test_quantizing_while_loading_is_quantizing_after(floats, scheme, double_quant):
+    while_loading = load_model(floats, quantize_to=scheme, block_size=32, double_quant=double_quant)
+    after = quantize_model(load_model(floats), scheme, 32, double_quant)
+    assert fingerprint(while_loading) == fingerprint(after)
+    assert torch.equal(logits(while_loading), logits(after))
+    q_proj = while_loading.get_submodule(Q)
+    assert torch.equal(q_proj.bias, after.get_submodule(Q).bias) and q_proj.bias.device.type == "cpu"
+
+
+def test_layers_in_4_bits_on_disk_stay_as_they_are(tmp_path):
+    folder = saved(tmp_path, "fp4")
+    kept = load_model(folder, quantize_to="nf4")
+    assert {layer.scheme for layer in quantized_layers(kept).values()} == {"fp4"}
+    assert fingerprint(kept) == fingerprint(load_model(folder))
+
+
+def test_quantizing_while_loading_never_holds_the_float_model(tmp_path):
+    """Under the float model plus one layer, as promised, and in fact far under the float model."""
+    model = make_model(hidden_size=256, intermediate_size=1024, num_hidden_layers=8)
+    save_model(model, tmp_path / "floats")
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    del model
+    meter = MemoryMeter(nn.Module())
+    with meter:
+        load_model(tmp_path / "floats", quantize_to="nf4")
+    peak = meter.peak.total - size  # the meter counts the empty model on the meta device too, which has no memory
+    assert peak < 0.4 * size, f"peak {peak} bytes, the float model has {size}"
+
+
+def test_the_names_and_values_are_those_of_bitsandbytes(tmp_path):
+    tensors = load_file(saved(tmp_path) / "model.safetensors")
+    parts = {name.removeprefix(f"{Q}."): tensor for name, tensor in tensors.items() if name.startswith(f"{Q}.weight")}
+    n = 48 * 48
+    kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in parts.items()}
+    state = kinds.pop("weight.quant_state.bitsandbytes__nf4")
+    assert state[0] == torch.uint8
+    assert kinds == {
+        "weight": (torch.uint8, (n // 2, 1)),
+        "weight.absmax": (torch.uint8, (n // 16,)),
+        "weight.quant_map": (torch.float32, (16,)),
+        "weight.nested_absmax": (torch.float32, (1,)),
+        "weight.nested_quant_map": (torch.float32, (256,)),
+    }
+    settings = json.loads(bytes(parts["weight.quant_state.bitsandbytes__nf4"].tolist()))
+    assert settings.pop("nested_offset") > 0
+    assert settings == {
+        "quant_type": "nf4",
+        "blocksize": 16,
+        "dtype": "float32",
+        "shape": [48, 48],
+        "nested_blocksize": 256,
+        "nested_dtype": "float32",
+    }
+    config = json.loads((tmp_path / "quantized" / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["load_in_4bit"], config["bnb_4bit_quant_type"]) == (
+        "bitsandbytes",
+        True,
+        "nf4",
+    )
+    assert config["bnb_4bit_use_double_quant"] is True
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_a_file_that_another_program_wrote(floats, tmp_path, storage):
+    """Its tensors made by hand here, the codes also in bfloat16 storage, as sharded training asks for."""
+    tensors = load_file(floats / "model.safetensors")
+    weight = tensors.pop(f"{Q}.weight").to(torch.bfloat16)
+    quantized = quantize(weight, "nf4", 64)
+    tensors[f"{Q}.weight"] = quantized.codes.view(storage)[:, None]
+    tensors[f"{Q}.weight.absmax"] = quantized.scales
+    tensors[f"{Q}.weight.quant_map"] = LEVELS["nf4"]
+    state = b'{"quant_type":"nf4","blocksize":64,"dtype":"bfloat16","shape":[48,48]}'
+    tensors[f"{Q}.weight.quant_state.bitsandbytes__nf4"] = torch.tensor(list(state), dtype=torch.uint8)
+    save_file(tensors, floats / "model.safetensors", {"format": "pt"})
+    model = load_model(floats)
+    assert list(quantized_layers(model)) == [Q]
+    found = model.get_submodule(Q).quantized
+    assert torch.equal(dequantize(found), dequantize(quantized)) and found.dtype == torch.bfloat16
+
+
+def test_transformers_and_we_read_each_other(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    transformers = pytest.importorskip("transformers")
+    # Rows of whole blocks: bitsandbytes' CPU kernel decodes others wrongly.
+    shape = dict(hidden_size=64, intermediate_size=192, head_dim=16, attention_bias=False)
+    save_model(make_model(**shape), tmp_path / "floats")
+    settings = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = transformers.BitsAndBytesConfig(**settings)
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        theirs = load(tmp_path / "floats", quantization_config=config, dtype=torch.float32)
+        theirs.save_pretrained(tmp_path / "theirs")
+        ours = load_model(tmp_path / "theirs")
+        save_model(ours, tmp_path / "ours")
+        back = load(tmp_path / "ours", dtype=torch.float32).dequantize(dtype=torch.float32)
+        with torch.no_grad():
+            difference = (back(IDS).logits - logits(ours)).abs().max().item()
+    assert fingerprint(ours) == fingerprint(load_model(tmp_path / "floats", quantize_to="nf4", double_quant=False))
+    assert difference < 1e-5, f"logits differ by {difference}"
+
+
+# -- what is damaged -------------------------------------------------------------------------------------------------
+
+
+def change_state(tensors, **changes):
+    key = f"{Q}.weight.quant_state.bitsandbytes__nf4"
+    state = json.loads(bytes(tensors[key].tolist())) | changes
+    tensors[key] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+
+DAMAGE = {
+    "truncated codes": (lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"][:-8]}), "has a weight of 1144 values"),
+    "codes of another type": (lambda t: t.update({f"{Q}.weight": torch.ones(48, 48)}), "has a weight of 9216 values"),
+    "no scales": (lambda t: t.pop(f"{Q}.weight.absmax"), "lacks weight.absmax"),
+    "too few scales": (lambda t: t.update({f"{Q}.weight.absmax": t[f"{Q}.weight.absmax"][1:]}), "weight.absmax of 143"),
+    "scales in floats": (lambda t: t.update({f"{Q}.weight.absmax": torch.ones(144)}), "torch.float32.*torch.uint8"),
+    "scales that are NaN": (
+        lambda t: t.update({f"{Q}.weight.nested_absmax": torch.tensor([torch.nan])}),
+        "weight.nested_absmax with NaN or infinity",
+    ),
+    "an offset that is infinite": (lambda t: change_state(t, nested_offset=torch.inf), "nested_offset with NaN"),
+    "an offset that is a word": (lambda t: change_state(t, nested_offset="big"), "a number as nested_offset"),
+    "no nested scales": (lambda t: t.pop(f"{Q}.weight.nested_absmax"), "lacks weight.nested_absmax"),
+    "a part too many": (lambda t: t.update({f"{Q}.weight.SCB": torch.ones(3)}), "has weight.SCB, which its"),
+    "other levels": (lambda t: t[f"{Q}.weight.quant_map"].add_(0.01), "weight.quant_map with other levels than.*nf4"),
+    "other levels of scales": (
+        lambda t: t.update({f"{Q}.weight.nested_quant_map": SCALE_LEVELS[:9].clone()}),
+        "weight.nested_quant_map with other levels",
+    ),
+    "a wrong shape": (lambda t: change_state(t, shape=[24, 96]), r"shape \[24, 96\].*makes it \[48, 48\]"),
+    "an unknown dtype": (lambda t: change_state(t, dtype="int9"), "dtype 'int9'.*float32"),
+    "a wrong block size": (lambda t: change_state(t, blocksize=32), "weight.absmax of 144 values.*needs 72"),
+    "an impossible block size": (lambda t: change_state(t, blocksize=0), "block_size is 0.*16 to 4096"),
+    "another scheme": (lambda t: change_state(t, quant_type="fp4"), "says quant_type 'fp4'"),
+    "another nested block": (lambda t: change_state(t, nested_blocksize=128), "needs nested_blocksize 256"),
+    "no JSON": (
+        lambda t: t.update({f"{Q}.weight.quant_state.bitsandbytes__nf4": torch.tensor([123, 34], dtype=torch.uint8)}),
+        "not the JSON it should be",
+    ),
+    "no quant state": (
+        lambda t: t.pop(f"{Q}.weight.quant_state.bitsandbytes__nf4"),
+        r"q_proj.weight.absmax|has type U8",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_named(tmp_path, case):
+    """In one sentence that names the layer and the file."""
+    folder = saved(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    change, sentence = DAMAGE[case]
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=sentence) as caught:
+        load_model(folder)
+    assert Q in str(caught.value) and "quantized" in str(caught.value), caught.value
+
+
+def test_a_head_in_4_bits_is_refused(tmp_path):
+    model = quantize_model(make_model(), skip=())
+    with pytest.raises(ValueError, match="lm_head"):
+        save_model(model, tmp_path / "all")
+        load_model(tmp_path / "all")
+
+
+@pytest.mark.parametrize(
+    "settings, named",
+    [({"quant_method": "gptq", "bits": 4}, "'gptq'"), ({"load_in_8bit": True}, "8 bits"), ("awq", "awq")],
+)
+def test_other_quantizations_are_refused_by_name(floats, settings, named):
+    config = json.loads((floats / "config.json").read_text()) | {"quantization_config": settings}
+    (floats / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=f"config.json has a quantization_config of .*{named}.*only bitsandbytes' 4 bits"
+    ):
+        load_model(floats)
+
+
+def test_a_weight_that_cannot_be_quantized_is_named(floats):
+    tensors = load_file(floats / "model.safetensors")
+    tensors[f"{Q}.weight"][3, 5] = torch.inf
+    save_file(tensors, floats / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{re.escape(Q)}.weight in .*model.safetensors.*NaN or infinity"):
+        load_model(floats, quantize_to="nf4")
+
+
+# -- adapters on a base in 4 bits ------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_tells_bases_apart(floats):
+    prints = {
+        fingerprint(load_model(floats)),
+        fingerprint(load_model(floats, quantize_to="nf4")),
+        fingerprint(load_model(floats, quantize_to="fp4")),
+        fingerprint(load_model(floats, quantize_to="nf4", double_quant=False)),
+    }
+    assert len(prints) == 4
+    changed = load_model(floats, quantize_to="nf4")
+    before = fingerprint(changed)
+    assert fingerprint(random_adapter(load_model(floats, quantize_to="nf4"))) == before, "an adapter is not the base"
+    changed.get_submodule(Q).codes[7] ^= 16
+    assert fingerprint(changed) != before, "one code changed"
+
+
+def test_an_adapter_says_how_its_base_was_stored(floats, tmp_path):
+    settings = dict(scheme="fp4", block_size=32, double_quant=False)
+    model = random_adapter(quantize_model(load_model(floats), **settings))
+    save_adapter(model, tmp_path / "adapter")
+    assert base_quantization(tmp_path / "adapter") == settings
+    again = load_adapter(quantize_model(load_model(floats), **settings), tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(model))
+    with pytest.raises(ValueError, match=r"another base.*its base was in 4 bits \(fp4\), this model is in floats"):
+        load_adapter(load_model(floats), tmp_path / "adapter")
+    load_adapter(load_model(floats), tmp_path / "adapter", force=True)
+    save_adapter(random_adapter(load_model(floats)), tmp_path / "plain")
+    assert base_quantization(tmp_path / "plain") is None
+
+
+def test_a_note_that_cannot_be_read_is_named(floats, tmp_path):
+    save_adapter(random_adapter(quantize_model(load_model(floats))), tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    for note in ("{", "[]", '{"scheme": "nf5", "block_size": 64, "double_quant": true}'):
+        save_file(load_file(path), path, metadata | {"base_quantization": note})
+        with pytest.raises(ValueError, match="adapter_model.safetensors has a note of its base's quantization"):
+            base_quantization(tmp_path / "adapter")
+
+
+def test_merging_into_4_bits_is_refused_and_nothing_changes():
+    model = random_adapter(quantize_model(make_model()))
+    before, said = fingerprint(model), logits(model)
+    with pytest.raises(ValueError, match="4 bits.*dequantize_model"):
+        merge_lora(model)
+    assert fingerprint(model) == before and torch.equal(logits(model), said)
+    assert not any(layer.merged for _, layer in lora_layers(model))
+
+
+@pytest.mark.parametrize("scheme", [None, "nf4"])
+def test_merge_adapter_writes_floats_and_measures_what_rounding_again_would_cost(tmp_path, scheme):
+    model = make_model().double()
+    if scheme:
+        quantize_model(model, scheme)
+    random_adapter(model)
+    said = logits(model)
+    report = merge_adapter(model, tmp_path / "merged")
+    merged = load_model(tmp_path / "merged")
+    assert not quantized_layers(merged)
+    difference = (logits(merged) - said).abs().max().item()
+    assert difference < 1e-5, f"the merged model differs by {difference}"
+    assert report.merged < 1e-5
+    assert report.largest_logit > 0.1
+    if scheme:
+        assert report.rounded > 1000 * report.merged
+        assert "not lossless" in report.text()
+    else:
+        assert report.rounded is None and "4 bits" not in report.text()
