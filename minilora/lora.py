@@ -68,6 +68,10 @@ class LoRAConfig:
             check_alpha(f"alpha_pattern[{key!r}]", lora_alpha)
 
 
+def lora_scaling(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
 def lora_reference(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """The formula as it is written, y = W x + b + s·B(A x), without dropout: x (..., in) -> (..., out)."""
     return F.linear(x, W, bias) + scaling * F.linear(F.linear(x, A), B)
@@ -163,7 +167,7 @@ class LoRALinear(nn.Module):
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
-        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.scaling = lora_scaling(r, lora_alpha, use_rslora)
         self.enabled = True
         stored = next(chain(base_layer.parameters(), base_layer.buffers()))
         like = dict(device=stored.device, dtype=torch.promote_types(stored.dtype, torch.float32))

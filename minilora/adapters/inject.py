@@ -5,15 +5,18 @@ The model is not rewritten and does not notice. `apply_lora` puts a `LoRALinear`
 wrapping: an optimizer that merely leaves out the base weights still has their gradients computed and held.
 """
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from minilora.lora import LoRAConfig, LoRALinear
+from minilora.lora import LoRAConfig, LoRALinear, lora_scaling
 from minilora.quant import Linear4bit, quantized_layers
 
 
@@ -141,6 +144,41 @@ def disable_lora(model: nn.Module):
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.enabled = enabled
+
+
+@dataclass
+class Adapter:
+    """An adapter apart from any model: its config, and by full layer name A (r, in) and B (out, r) of each layer."""
+
+    config: LoRAConfig
+    A: dict[str, Tensor]
+    B: dict[str, Tensor]
+
+    def scaling(self, name: str) -> float:
+        """s of one layer, as its LoRALinear has it."""
+        alpha = pattern_value(self.config.alpha_pattern, name, self.config.lora_alpha)
+        return lora_scaling(self.A[name].shape[0], alpha, self.config.use_rslora)
+
+
+def extract_adapter(model: nn.Module) -> Adapter:
+    """A copy of the model's adapter. Raises ValueError for a model that has none."""
+    layers = dict(lora_layers(model))
+    if not layers:
+        raise ValueError("the model has no LoRA layers; apply_lora(model, config) puts them in")
+    A = {name: layer.lora_A.detach().clone() for name, layer in layers.items()}
+    return Adapter(
+        copy.deepcopy(model.lora_config), A, {n: layer.lora_B.detach().clone() for n, layer in layers.items()}
+    )
+
+
+def apply_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
+    """`apply_lora` with the adapter's config, then its numbers: the model, changed. Raises what apply_lora raises."""
+    apply_lora(model, adapter.config)
+    with torch.no_grad():
+        for name, layer in lora_layers(model):
+            layer.lora_A.copy_(adapter.A[name])
+            layer.lora_B.copy_(adapter.B[name])
+    return model
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -230,3 +230,36 @@ def level_lines(
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.legend(frameon=False, fontsize="small")
     return figure
+
+
+SCHEME_COLOURS = {"int4": "#E69F00", "fp4": "#CC79A7", "nf4": "#000000"}  # none of them a method's
+
+
+def error_over_block_size(
+    errors: dict[str, Sequence[float]], sizes: Sequence[int], bits: Sequence[float], title: str
+) -> Figure:
+    """Relative error of rounding over the block size, a curve for each name; under each size its bits per weight."""
+    figure, axes = new_figure()
+    for name, values in errors.items():
+        axes.plot(sizes, values, label=name, color=SCHEME_COLOURS.get(name), marker="o", markersize=3)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [f"{size}\n{price:.2f}" for size, price in zip(sizes, bits, strict=True)], fontsize="small")
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="weights in a block, and bits per weight", ylabel="‖w - w'‖ / ‖w‖", title=title)
+    axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def levels_over_weights(scaled: Sequence[float], levels: dict[str, Sequence[float]], title: str) -> Figure:
+    """For each scheme the histogram of weights over their block's absmax, and its levels as lines through it."""
+    figure = Figure(figsize=(5, 1 + 1.1 * len(levels)), layout="constrained")
+    panels = figure.subplots(len(levels), sharex=True, squeeze=False)[:, 0]
+    for axes, (name, values) in zip(panels, levels.items(), strict=True):
+        axes.hist(scaled, bins=101, range=(-1, 1), density=True, color="#CCCCCC")
+        axes.vlines(values, 0, 1, transform=axes.get_xaxis_transform(), color=SCHEME_COLOURS.get(name), linewidth=1)
+        axes.set_ylabel(name, rotation=0, ha="right", va="center")
+        axes.set_yticks([])
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    panels[0].set_title(title)
+    panels[-1].set_xlabel("weight over its block's absmax (grey: how many weights; lines: levels)")
+    return figure

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from minilora.adapters.inject import apply_lora, lora_layers
+from minilora.adapters.inject import Adapter, apply_adapter, apply_lora, lora_layers
 from minilora.lora import LoRAConfig
 from minilora.model import GPT
 from minilora.quant import check_settings, quantized_layers
@@ -89,25 +89,39 @@ def base_quantization(directory: str | Path) -> dict | None:
 def load_adapter(model: GPT, directory: str | Path, force: bool = False) -> GPT:
     """Applies a saved adapter to a plain model, or fills the LoRA layers of a model with the same config.
 
-    `force` loads an adapter whose file names another base than this model. Raises FileNotFoundError for a missing
-    folder or file, and ValueError for another method than LoRA, settings we do not have, tensors that are missing,
-    extra or mis-shaped (each by name), a truncated file or another base. After an error the model is as it was.
+    `force` loads an adapter whose file names another base than this model. Raises what `read_adapter` raises, and
+    ValueError for LoRA layers that are merged or have another config. After an error the model is as it was.
+    """
+    directory, layers = Path(directory), dict(lora_layers(model))
+    if not layers:
+        return apply_adapter(model, read_adapter(model, directory, force))
+    check_directory(directory)
+    _check_same_config(model.lora_config, _read_config(directory / CONFIG), directory)
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError("the model's LoRA layers are merged; unmerge_lora(model) before loading an adapter")
+    adapter = read_adapter(model, directory, force)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.lora_A.copy_(adapter.A[name])
+            layer.lora_B.copy_(adapter.B[name])
+    return model
+
+
+def read_adapter(model: GPT, directory: str | Path, force: bool = False) -> Adapter:
+    """Reads an adapter for this model and leaves the model alone, with or without LoRA layers of its own.
+
+    Raises FileNotFoundError for a missing folder or file, and ValueError for another method than LoRA, settings we do
+    not have, tensors that are missing, extra or mis-shaped (each by name), a truncated file, or another base than the
+    model, unless `force`.
     """
     directory = Path(directory)
     check_directory(directory)
     config = _read_config(directory / CONFIG)
     header = read_header(directory / WEIGHTS)
-    layers = dict(lora_layers(model))
-    plain = not layers
-    if not plain:
-        _check_same_config(model.lora_config, config, directory)
-        if any(layer.merged for layer in layers.values()):
-            raise ValueError("the model's LoRA layers are merged; unmerge_lora(model) before loading an adapter")
-    else:
-        # A rehearsal on the meta device, shapes without data: it gives the tensors to expect, and raises what
-        # applying would raise (a target that matches nothing, say) before the real model is touched.
-        with torch.device("meta"):
-            layers = dict(lora_layers(apply_lora(GPT(model.config), config)))
+    # A rehearsal on the meta device, shapes without data: it gives the tensors to expect, and raises what applying
+    # would raise (a target that matches nothing, say).
+    with torch.device("meta"):
+        layers = dict(lora_layers(apply_lora(GPT(model.config), config)))
     expected = {}
     for name, layer in layers.items():
         expected[_tensor_name(name, "lora_A")] = tuple(layer.lora_A.shape)
@@ -117,21 +131,15 @@ def load_adapter(model: GPT, directory: str | Path, force: bool = False) -> GPT:
     check_tensors(directory, expected, {name: shape for name, (_, shape) in header.items()})
     with open_safetensors(directory / WEIGHTS) as file:
         base = (file.metadata() or {}).get(FINGERPRINT)
-        tensors = {name: file.get_tensor(name) for name in expected}
+        A, B = (
+            {name: file.get_tensor(_tensor_name(name, matrix)) for name in layers} for matrix in ("lora_A", "lora_B")
+        )
     if base is not None and not force and base != fingerprint(model):
         raise ValueError(
             f"{directory} was trained on another base than this model{_how(directory, model)}; "
             "force=True loads it all the same"
         )
-
-    # Everything fits; from here on nothing can fail.
-    if plain:
-        apply_lora(model, config)
-    with torch.no_grad():
-        for name, layer in lora_layers(model):
-            layer.lora_A.copy_(tensors[_tensor_name(name, "lora_A")])
-            layer.lora_B.copy_(tensors[_tensor_name(name, "lora_B")])
-    return model
+    return Adapter(config, A, B)
 
 
 def _how(directory: Path, model: GPT) -> str:
