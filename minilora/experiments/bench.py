@@ -26,9 +26,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from minilora.adapters.inject import adapter_parameters, apply_lora, merge_lora
+from minilora.adapters.inject import adapter_parameters, apply_lora, extract_adapter, merge_lora
+from minilora.inference.bank import AdapterBank
+from minilora.inference.generate import generate
 from minilora.lora import LoRAConfig
-from minilora.model import GPT, GPTConfig
+from minilora.model import GPT, GPTConfig, KVCache
 from minilora.quant import dequantize, quantize, quantize_model
 from minilora.train import TrainConfig, make_optimizer, training_step
 
@@ -46,6 +48,7 @@ class BenchSettings:
     sequence_length: int = 256
     r: int = 8
     matrix_size: int = 4096  # of the square weight that is quantized
+    serving_rows: int = 16  # of a batch in which each row has an adapter of its own
     rounds: int = 5
     threads: int = 2
     seed: int = 0
@@ -117,7 +120,7 @@ def interleave(actions: dict[str, Callable], settings: BenchSettings, descriptio
 
 def make_rows(ratios: dict, arithmetic: dict, bars: dict) -> list[BenchRow]:
     return [
-        BenchRow(claim, statistics.median(values), min(values), max(values), bars.get(claim), arithmetic[claim])
+        BenchRow(claim, statistics.median(values), min(values), max(values), bars.get(claim), arithmetic.get(claim))
         for claim, values in ratios.items()
     ]
 
@@ -176,7 +179,57 @@ def quantization(settings: BenchSettings) -> list[BenchRow]:
     return rows
 
 
-CLAIMS = (training_steps, merged_forward, quantization)  # one function for each kind of claim: settings in, rows out
+def serving(settings: BenchSettings) -> list[BenchRow]:
+    """A batch in which each row has its own adapter, against the base alone; and many resident adapters against few."""
+
+    def bank_of(count: int) -> AdapterBank:
+        adapted = settings.build_lora_model("all-linear")
+        for parameter in adapter_parameters(adapted):
+            nn.init.normal_(parameter, std=0.02)
+        adapter = extract_adapter(adapted)  # the numbers do not matter: one adapter under many names
+        names = [f"adapter {number}" for number in range(count)]
+        bank = AdapterBank(settings.build_model(), dict.fromkeys(names, adapter), slots=count)
+        bank.forward(torch.zeros(count, 1, dtype=torch.int64), names)  # all of them into their slots
+        return bank
+
+    rows, generator = settings.serving_rows, torch.Generator().manual_seed(settings.seed)
+    ids = torch.randint(settings.vocab_size, (rows, settings.sequence_length // 4), generator=generator)
+    prompts = ids[:, : ids.shape[1] // 4].tolist()
+    base, few, many = settings.build_model().eval(), bank_of(rows), bank_of(16 * rows)
+    names = few.names
+
+    def decode(model: nn.Module, cache: KVCache):
+        """One more token; the cache is put back."""
+        before = dict(cache.layers)
+        model(ids[:, :1], cache)
+        cache.layers = before
+
+    base_cache, bank_cache = KVCache(), KVCache()
+    what = f"{rows} rows, {rows} adapters"
+    forward, one, text = f"forward, {what}", f"one token, {what}", f"generation, {what}"
+    resident = f"forward, {16 * rows} resident over {rows}"
+    with torch.no_grad():
+        measured = interleave({"base": lambda: base(ids), forward: lambda: few(ids, names)}, settings, forward)
+        result = make_rows(measured[0], {}, {forward: 1.25})
+        base(ids, base_cache)
+        with few.rows(names) as model:
+            model(ids, bank_cache)
+            actions = {"base": lambda: decode(base, base_cache), one: lambda: decode(model, bank_cache)}
+            result += make_rows(interleave(actions, settings, one)[0], {}, {one: 1.8})
+        length = settings.sequence_length // 16
+        actions = {"base": lambda: generate(base, prompts, length), text: lambda: few.generate(prompts, names, length)}
+        result += make_rows(interleave(actions, settings, text)[0], {}, {text: 1.6})
+        actions = {"few": lambda: few(ids, names), resident: lambda: many(ids, names)}
+        result += make_rows(interleave(actions, settings, resident)[0], {}, {resident: 1.1})
+    return result
+
+
+CLAIMS = (
+    training_steps,
+    merged_forward,
+    quantization,
+    serving,
+)  # one function for each kind of claim: settings in, rows out
 
 
 def run_bench(settings: BenchSettings | None = None) -> list[BenchRow]:

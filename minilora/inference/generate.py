@@ -42,18 +42,13 @@ def generate(
     Raises ValueError for an empty prompt, an id outside the vocabulary, more tokens than the model's positions, or a
     sampling setting out of range.
     """
-    _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
+    check_prompts(model, prompts, max_new_tokens, temperature, top_k, top_p)
     if not prompts:
         return []
     device = model.model.embed_tokens.weight.device
-    longest = max(len(prompt) for prompt in prompts)
-    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)  # (B,)
-    # Token 0 stands for padding; any would do, nobody looks at it.
-    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)  # (B, T)
+    ids, padding = left_pad(prompts, device)  # (B, T), (B,)
     cache = KVCache(padding if padding.any() else None)
-    # Random numbers come from the CPU, so that a seed means the same draws on every device.
-    seeds = torch.randint(2**62, (len(prompts),), generator=torch.Generator().manual_seed(seed))
-    generators = [torch.Generator().manual_seed(row_seed) for row_seed in seeds.tolist()]
+    generators = row_generators(len(prompts), seed)
 
     continuations = [[] for _ in prompts]
     running = set(range(len(prompts)))
@@ -64,7 +59,7 @@ def generate(
             for _ in range(max_new_tokens):
                 hidden = model.model(ids, cache)  # (B, T, C)
                 logits = model.lm_head(hidden[:, -1])  # (B, V): only the last position predicts something new
-                tokens = _next_tokens(logits, temperature, top_k, top_p, generators).tolist()
+                tokens = next_tokens(logits, temperature, top_k, top_p, generators).tolist()
                 for row in sorted(running):  # a finished row stays in the batch, and what it says is dropped
                     if tokens[row] == eos_id:
                         running.remove(row)
@@ -79,7 +74,21 @@ def generate(
     return continuations
 
 
-def _next_tokens(logits: Tensor, temperature: float, top_k, top_p, generators: list[torch.Generator]) -> Tensor:
+def left_pad(prompts: list[list[int]], device) -> tuple[Tensor, Tensor]:
+    """Prompts of any lengths -> ids (B, T), each ending at the right edge, and the pad tokens of each row, (B,)."""
+    longest = max(len(prompt) for prompt in prompts)
+    # Token 0 stands for padding; any would do, nobody looks at it.
+    ids = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+
+
+def row_generators(rows: int, seed: int) -> list[torch.Generator]:
+    """One generator for each row, on the CPU, so that a seed means the same draws on every device."""
+    seeds = torch.randint(2**62, (rows,), generator=torch.Generator().manual_seed(seed))
+    return [torch.Generator().manual_seed(row_seed) for row_seed in seeds.tolist()]
+
+
+def next_tokens(logits: Tensor, temperature: float, top_k, top_p, generators: list[torch.Generator]) -> Tensor:
     """logits (B, V) -> one token id for each row, (B,)."""
     if not logits.isfinite().all():
         raise ValueError("the model's logits hold NaN or infinity, so no token can be chosen; its weights are broken")
@@ -96,7 +105,8 @@ def _next_tokens(logits: Tensor, temperature: float, top_k, top_p, generators: l
     return order.gather(1, torch.stack(draws))[:, 0]
 
 
-def _check(model: GPT, prompts, max_new_tokens, temperature, top_k, top_p):
+def check_prompts(model: GPT, prompts, max_new_tokens, temperature, top_k, top_p):
+    """Raises what `generate` says it raises."""
     vocabulary, limit = model.config.vocab_size, model.config.max_position_embeddings
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; at least 1 is needed")

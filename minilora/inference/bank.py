@@ -1,0 +1,206 @@
+"""One base, many adapters, and a different one for each row of a batch.
+
+Merging is free at run time and serves one adapter. Kept apart, adapters of one base can share a batch, because the
+large product is the same for all rows; only the small ones differ (Punica, Chen 2023; S-LoRA, Sheng 2023):
+
+    y_b = W x_b + B_b (A_b x_b)        for row b with its own adapter, s folded into B
+
+Every adapted layer keeps the adapters in slots, A (slots, r, in) and B (slots, r, out). When a batch begins, each row's
+pair is gathered once, (batch, r, in) and (batch, r, out), and every forward pass of that batch is one product for all
+rows and two batched small ones. The cost depends on the rows, not on how many adapters are resident.
+
+Slot 0 holds zeros: the row without an adapter. A smaller rank is padded with zeros, and a layer that an adapter leaves
+alone is zeros throughout. Adapters that do not fit into the slots wait on the CPU and are paged in when a batch names
+them; the one unused for longest goes out.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minilora.adapters.inject import Adapter, linear_layers, lora_layers
+from minilora.inference.generate import generate
+from minilora.model import GPT, KVCache
+from minilora.quant import put
+from minilora.storage.adapters import read_adapter
+
+
+class BankedLinear(nn.Module):
+    """A frozen linear layer and its slots. x (batch, T, in) -> (batch, T, out)."""
+
+    def __init__(self, base_layer: nn.Module, slots: int, like: Tensor):
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.A, self.B = like.new_zeros(slots, 0, self.in_features), like.new_zeros(slots, 0, self.out_features)
+        self.rows: tuple[Tensor, Tensor] | None = None  # A (batch, r, in) and B (batch, r, out) of the batch's rows
+
+    @property
+    def r(self) -> int:
+        return self.A.shape[1]
+
+    def store(self, slot: int, A: Tensor | None, B: Tensor | None):
+        """Puts A (r, in) and s·Bᵀ (r, out) into a slot; None, None: zeros. The stacks grow with the largest rank."""
+        r = 0 if A is None else A.shape[0]
+        if r > self.r:
+            self.A, self.B = (nn.functional.pad(old, (0, 0, 0, r - self.r)) for old in (self.A, self.B))
+        for stack, new in ((self.A, A), (self.B, B)):
+            stack[slot, r:] = 0
+            if r:
+                stack[slot, :r] = new
+
+    def gather(self, slots: Tensor | None):
+        """Picks each row's A and B by slots (batch,); None: the layer is plain again."""
+        self.rows = None if slots is None or not self.r else (self.A[slots], self.B[slots])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base_layer(x)
+        if self.rows is None:
+            return y
+        A, B = self.rows
+        h = torch.bmm(x, A.transpose(1, 2).to(x.dtype))  # (batch, T, r)
+        # In place where nobody watches: y is this layer's own, and a second array of its size is half the cost.
+        add = torch.baddbmm if torch.is_grad_enabled() else Tensor.baddbmm_
+        return add(y, h.to(y.dtype), B.to(y.dtype))
+
+
+class AdapterBank:
+    """Serves a plain model with many adapters. The model's adapted layers are wrapped; outside `rows` it is the base.
+
+    adapters: by name, an `Adapter` or the folder of a saved one. slots: adapters that are resident at a time.
+
+    Raises ValueError for a model with LoRA layers, an adapter that does not fit, and all that `add` refuses.
+    """
+
+    def __init__(self, model: GPT, adapters: Mapping[str, Adapter | str | Path] | None = None, slots: int = 64):
+        if any(lora_layers(model)):
+            raise ValueError("the model has LoRA layers; a bank needs the plain base, which it shares among adapters")
+        if type(slots) is not int or slots < 1:
+            raise ValueError(f"slots is {slots!r}; at least 1 adapter must be resident")
+        self.model, self.slots = model.requires_grad_(False).eval(), slots
+        self.adapters: dict[str, Adapter] = {}
+        self.resident: dict[str, int] = {}  # name -> slot, the one unused for longest first
+        self.layers: dict[str, BankedLinear] = {}
+        self.linears = linear_layers(model)
+        self.running: list[str | None] | None = None  # the rows of the batch under way
+        for name, adapter in (adapters or {}).items():
+            self.add(name, adapter)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.model.embed_tokens.weight.device
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.adapters)
+
+    def add(self, name: str, adapter: Adapter | str | Path, force: bool = False):
+        """Adds an adapter, or replaces the one of this name; `force` as in `load_adapter`.
+
+        Raises ValueError, before anything is changed, for a name that is not plain, one that the batch under way uses,
+        layers that the model does not have, shapes that do not fit; and for a folder what `read_adapter` raises.
+        """
+        if not isinstance(name, str) or not name or "/" in name or "\\" in name or name in (".", ".."):
+            raise ValueError(f"{name!r} is not a name for an adapter; a plain word without slashes is")
+        self._check_unused(name)
+        if not isinstance(adapter, Adapter):
+            adapter = read_adapter(self.model, adapter, force)
+        for layer, A in adapter.A.items():
+            linear, B = self.linears.get(layer), adapter.B[layer]
+            if linear is None:
+                raise ValueError(f"adapter {name!r} has a layer {layer}, which the model does not have")
+            if (A.shape[1], B.shape[0], A.shape[0]) != (linear.in_features, linear.out_features, B.shape[1]):
+                found = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
+                raise ValueError(
+                    f"adapter {name!r} has {found} for {layer} of {linear.in_features} to {linear.out_features}"
+                )
+        for layer in adapter.A.keys() - self.layers.keys():
+            wrapped = BankedLinear(self.linears[layer], self.slots + 1, self.model.model.embed_tokens.weight)
+            self.layers[layer] = wrapped
+            put(self.model, layer, wrapped)
+        self.adapters[name] = adapter
+        self.resident.pop(name, None)
+
+    def remove(self, name: str):
+        """Raises ValueError for a name that is not there, and for one that the batch under way uses."""
+        self.check_known(name)
+        self._check_unused(name)
+        del self.adapters[name]
+        self.resident.pop(name, None)
+
+    @contextmanager
+    def rows(self, names: Sequence[str | None]) -> Iterator[GPT]:
+        """`with bank.rows(names) as model:` row b of every batch goes through adapter names[b]; None: the base.
+
+        Raises ValueError for an unknown name, for more different adapters than there are slots, and inside another
+        such block.
+        """
+        if self.running is not None:
+            raise ValueError("a batch is under way; end it before the next one begins")
+        self.select(names)
+        try:
+            yield self.model
+        finally:
+            self.select(None)
+
+    def select(self, names: Sequence[str | None] | None):
+        """The rows from now on, for a batch whose rows come and go; None ends it."""
+        slots = None
+        if names is not None:
+            self.check_known(*names)
+            slots = torch.tensor(self._page_in(names), device=self.device)
+        self.running = None if names is None else list(names)
+        for layer in self.layers.values():
+            layer.gather(slots)
+
+    def forward(self, input_ids: Tensor, adapters: Sequence[str | None], cache: KVCache | None = None) -> Tensor:
+        """ids (batch, T) -> logits (batch, T, V), row b with adapters[b]."""
+        if len(adapters) != len(input_ids):
+            raise ValueError(f"{len(input_ids)} rows and {len(adapters)} adapters; each row needs one, or None")
+        with self.rows(adapters) as model, torch.no_grad():
+            return model(input_ids, cache)
+
+    __call__ = forward
+
+    def generate(self, prompts: list[list[int]], adapters: Sequence[str | None], *settings, **more) -> list[list[int]]:
+        """`inference.generate.generate`, prompt b with adapters[b]; the settings are the same."""
+        if len(adapters) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts and {len(adapters)} adapters; each prompt needs one, or None")
+        with self.rows(adapters) as model:
+            return generate(model, prompts, *settings, **more)
+
+    def _page_in(self, names: Sequence[str | None]) -> list[int]:
+        """The slot of each row's adapter; those that are not resident take a free slot, or that of the least recent."""
+        needed = list(dict.fromkeys(name for name in names if name is not None))
+        if len(needed) > self.slots:
+            raise ValueError(
+                f"the batch names {len(needed)} different adapters, and {self.slots} can be resident at once"
+            )
+        for name in needed:
+            if name in self.resident:
+                self.resident[name] = self.resident.pop(name)  # the most recent from now on
+        for name in needed:
+            if name not in self.resident:
+                free = set(range(1, self.slots + 1)) - set(self.resident.values())
+                slot = min(free) if free else self.resident.pop(next(n for n in self.resident if n not in needed))
+                self._load(slot, self.adapters[name])
+                self.resident[name] = slot
+        return [0 if name is None else self.resident[name] for name in names]
+
+    def _load(self, slot: int, adapter: Adapter):
+        for name, layer in self.layers.items():
+            A, B = adapter.A.get(name), adapter.B.get(name)
+            layer.store(slot, A, None if B is None else adapter.scaling(name) * B.T)
+
+    def check_known(self, *names: str | None):
+        """Raises ValueError for a name that no adapter has; None is the base."""
+        unknown = [name for name in names if name is not None and name not in self.adapters]
+        if unknown:
+            raise ValueError(f"there is no adapter {unknown[0]!r}; known: {', '.join(self.adapters) or 'none'}")
+
+    def _check_unused(self, name: str):
+        if self.running is not None and name in self.running:
+            raise ValueError(f"adapter {name!r} is in use by the batch under way")
