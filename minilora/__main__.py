@@ -34,6 +34,7 @@ from minilora.lora import LoRAConfig
 from minilora.model import GPT
 from minilora.presets import PRESETS
 from minilora.storage.adapters import base_quantization, load_adapter
+from minilora.storage.config import load_config
 from minilora.storage.files import make_folder
 from minilora.text.datasets import PYTHON_CODE, load_dataset
 from minilora.text.tasks import TASKS
@@ -146,9 +147,9 @@ def generate(options):
 
 def memory(options):
     """The bytes of a fine-tune at any size, from the real training step on fake tensors."""
-    print(f"simulating one training step of {options.model} ...", file=sys.stderr)
+    print(f"simulating one training step of {options.base or options.model} ...", file=sys.stderr)
     report = simulate(
-        options.model,
+        load_config(options.base) if options.base else options.model,
         options.method,
         options.batch_size,
         options.sequence_length,
@@ -277,6 +278,7 @@ def build_parser() -> argparse.ArgumentParser:
     lora_options(added, targets="q_proj,v_proj")
     quantization_options(added)
     added.add_argument("--model", choices=PRESETS, default="llama-2-7b")
+    added.add_argument("--base", type=Path, help="a model folder in Llama layout instead; only its config.json is read")
     added.add_argument("--method", choices=METHODS, default="lora")
     added.add_argument("--batch-size", type=int, default=1)
     added.add_argument("--sequence-length", type=int, default=2048)

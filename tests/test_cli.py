@@ -172,6 +172,14 @@ def test_memory_prints_the_known_line(capsys):
     assert "trainable params: 1,126,400 || all params: 1,101,174,784 || trainable%: 0.1023" in capsys.readouterr().out
 
 
+def test_memory_of_a_folder_reads_its_config_only(tiny, tmp_path, capsys):
+    shutil.copyfile(tiny / "config.json", tmp_path / "config.json")
+    assert main(["memory", "--base", str(tmp_path), "--method", "full", "--sequence-length", "16"]) == 0
+    count = sum(parameter.numel() for parameter in load_model(tiny).parameters())
+    assert f"all params: {count:,d}" in capsys.readouterr().out
+    fails(capsys, ["memory", "--base", tmp_path / "nowhere"], "nowhere")
+
+
 def test_targets_are_a_list_an_expression_or_all():
     assert targets_of("q_proj,v_proj") == ["q_proj", "v_proj"]
     assert targets_of("all-linear") == "all-linear"

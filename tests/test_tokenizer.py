@@ -1,13 +1,16 @@
 """The tokenizer loses nothing: whatever text goes in comes out, and prompt and completion can be encoded apart."""
 
+import json
 import random
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from minilora.text import words
 from minilora.text.tasks import TASKS, load_task
-from minilora.text.tokenizer import Tokenizer, train_tokenizer
+from minilora.text.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
 from minilora.text.world import World
 
 SHIPPED = Path(__file__).parents[1] / "data" / "base" / "tokenizer.model"
@@ -108,3 +111,48 @@ def test_each_word_of_the_world_is_one_token_of_the_shipped_tokenizer():
             after_space, after_quote = shipped.encode(f" {word}"), shipped.encode(f'"{word}')
             assert len(after_space) == 1, f"{name}: {word!r} after a space is {len(after_space)} tokens"
             assert after_quote[0] == quote and len(after_quote) == 2, f"{name}: {word!r} after a quote is {after_quote}"
+
+
+# -- tokenizer.json --------------------------------------------------------------------------------------------------
+
+
+def save_json_tokenizer(folder: Path, **named):
+    """A byte-level BPE without merges, as newer checkpoints have it, and the special tokens its config names."""
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<begin>", "<end>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+
+
+def test_a_json_tokenizer_where_there_is_no_other(tmp_path):
+    save_json_tokenizer(tmp_path, bos_token="<begin>", eos_token={"content": "<end>"})
+    tokenizer = open_tokenizer(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (258, 256, 257)
+    for name, text in TEXTS.items():
+        assert tokenizer.decode(tokenizer.encode(text)) == text, name
+    assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode("so"), tokenizer.eos_id]) == "so"
+    shutil.copyfile(SHIPPED, tmp_path / "tokenizer.model")
+    assert isinstance(open_tokenizer(tmp_path), Tokenizer), "tokenizer.model comes first"
+
+
+def test_special_tokens_of_a_json_tokenizer(tmp_path):
+    save_json_tokenizer(tmp_path, eos_token="<end>")
+    assert open_tokenizer(tmp_path).bos_id == open_tokenizer(tmp_path).eos_id == 257
+    save_json_tokenizer(tmp_path, bos_token="<begin>", eos_token="<absent>")
+    with pytest.raises(ValueError, match="tokenizer_config.json names no eos_token"):
+        open_tokenizer(tmp_path)
+
+
+def test_a_json_tokenizer_that_cannot_be_read(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.json").write_text("{")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)  # as if it were not installed
+    with pytest.raises(ValueError, match="tokenizer.json needs the tokenizers library: pip install tokenizers"):
+        open_tokenizer(tmp_path)
+    monkeypatch.undo()
+    pytest.importorskip("tokenizers")
+    with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
+        open_tokenizer(tmp_path)

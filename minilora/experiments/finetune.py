@@ -19,7 +19,7 @@ from minilora.storage.files import make_folder, read_json, replacing
 from minilora.storage.models import load_model, save_model
 from minilora.text.datasets import PYTHON_CODE, Dataset
 from minilora.text.tasks import TASKS
-from minilora.text.tokenizer import Tokenizer
+from minilora.text.tokenizer import JsonTokenizer, Tokenizer, open_tokenizer
 from minilora.train import History, TrainConfig, train
 
 DATA = Path(__file__).parents[2] / "data"
@@ -54,7 +54,7 @@ class Base:
     """A base model's folder, loaded anew for every run, and its tokenizer."""
 
     directory: Path
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | JsonTokenizer
     device: str
 
     def load(self, quantization: dict | None = None) -> GPT:
@@ -64,17 +64,19 @@ class Base:
 
 
 def open_base(directory: str | Path, device: str = "cpu") -> Base:
-    """Raises FileNotFoundError or ValueError for a folder that is not a Llama-layout model with a tokenizer.model."""
+    """Raises FileNotFoundError or ValueError for a folder that is not a Llama-layout model with a tokenizer."""
     directory = Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no base model folder {directory}")
-    return Base(directory, Tokenizer(directory / "tokenizer.model"), device)
+    return Base(directory, open_tokenizer(directory), device)
 
 
 def copy_tokenizer(base: Base, directory: Path):
     """A model without its tokenizer says nothing, so whoever writes a model folder puts it in."""
-    with replacing(directory / "tokenizer.model") as copy:
-        copy.write_bytes(base.tokenizer.path.read_bytes())
+    for file in (base.tokenizer.path, base.tokenizer.path.with_name("tokenizer_config.json")):
+        if file.is_file():
+            with replacing(directory / file.name) as copy:
+                copy.write_bytes(file.read_bytes())
 
 
 def run_config(steps: int, learning_rate: float, batch_size: int = 16, seed: int = 0, **more) -> TrainConfig:
@@ -135,7 +137,8 @@ def run(
 ) -> Run:
     """Trains one method from the base. `more` goes to `train`; with `state_path`, what the run depends on is stored."""
     torch.manual_seed(config.seed)  # of the random start of A
-    model = prepare(base.load(), method, lora, quantization)
+    # Quantized while it is read, so that a base which only fits in 4 bits is never there in floats.
+    model = prepare(base.load(quantization if method == "qlora" else None), method, lora, quantization)
     longest, limit = dataset.train.input_ids.shape[1], model.config.max_position_embeddings
     if longest > limit:
         raise ValueError(

@@ -10,7 +10,10 @@ from pathlib import Path
 import torch
 
 from minilora.model import GPTConfig
+from minilora.storage.files import read_json
 from minilora.storage.quantized import check_quantization
+
+CONFIG = "config.json"
 
 # Field of config.json: its type, and the value that transformers assumes where the file has none.
 REQUIRED = object()
@@ -35,6 +38,12 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": int,
 }
 ROPE_FIELDS = {"default": {}, "linear": {"factor": float}, "llama3": LLAMA3_ROPE}
+
+
+def load_config(directory: str | Path) -> GPTConfig:
+    """The shape of the model in a folder, without its weights. FileNotFoundError or ValueError as in `load_model`."""
+    path = Path(directory) / CONFIG
+    return read_config(read_json(path), path)
 
 
 def read_config(settings: dict, path: Path) -> GPTConfig:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from minilora.adapters.inject import lora_layers
 from minilora.model import GPT, GPTConfig
 from minilora.quant import Linear4bit, float_linears, put, quantize, quantized_layers
-from minilora.storage.config import config_settings, read_config
+from minilora.storage.config import CONFIG, config_settings, read_config
 from minilora.storage.files import open_safetensors, read_json, write_json, write_safetensors
 from minilora.storage.quantized import (
     layer_tensors,
@@ -30,7 +30,7 @@ from minilora.storage.quantized import (
     read_layer,
 )
 
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

@@ -2,9 +2,12 @@
 
 BPE starts from characters and keeps merging the most frequent neighbours into one token, so that common words become
 one token each. What no merge covers falls back to bytes, therefore every text encodes, and decodes to itself.
+
+Newer checkpoints come with a `tokenizer.json` only, which the `tokenizers` library reads where it is installed.
 """
 
 import io
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -19,7 +22,9 @@ class Tokenizer:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_file():
-            raise ValueError(f"no tokenizer at {self.path}: expected a sentencepiece file named tokenizer.model")
+            raise ValueError(
+                f"no tokenizer at {self.path}: expected a sentencepiece tokenizer.model, or a tokenizer.json"
+            )
         self._sentencepiece = sentencepiece.SentencePieceProcessor()
         try:
             self._sentencepiece.LoadFromSerializedProto(self.path.read_bytes())
@@ -43,6 +48,54 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._sentencepiece.decode(list(ids))
+
+
+class JsonTokenizer:
+    """The same for a `tokenizer.json`. The begin and end tokens are those that `tokenizer_config.json` beside it names;
+    where it names no begin token, the end token serves, as in GPT-2.
+
+    Raises ValueError without the `tokenizers` library, for a damaged file, and where no end token is named.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            from tokenizers import Tokenizer as Reader
+        except ImportError:
+            raise ValueError(f"reading {self.path} needs the tokenizers library: pip install tokenizers") from None
+        try:
+            self._reader = Reader.from_file(str(self.path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{self.path} is not a tokenizer: {error}") from None
+        self.vocab_size: int = self._reader.get_vocab_size()
+        settings = self.path.with_name("tokenizer_config.json")
+        try:
+            named = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{settings} is not valid JSON: {error}") from None
+        begin, end = (self._special_id(named.get(key)) for key in ("bos_token", "eos_token"))
+        if end is None:
+            raise ValueError(f"{settings} names no eos_token that {self.path.name} has")
+        self.bos_id: int = end if begin is None else begin
+        self.eos_id: int = end
+
+    def _special_id(self, token: str | dict | None) -> int | None:
+        text = token.get("content") if isinstance(token, dict) else token
+        return self._reader.token_to_id(text) if isinstance(text, str) else None
+
+    def encode(self, text: str) -> list[int]:
+        return self._reader.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._reader.decode(list(ids))
+
+
+def open_tokenizer(directory: str | Path) -> Tokenizer | JsonTokenizer:
+    """The tokenizer of a model's folder: `tokenizer.model`, or else `tokenizer.json`."""
+    directory = Path(directory)
+    if (directory / "tokenizer.json").is_file() and not (directory / "tokenizer.model").is_file():
+        return JsonTokenizer(directory / "tokenizer.json")
+    return Tokenizer(directory / "tokenizer.model")
 
 
 def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 2048) -> Tokenizer:
