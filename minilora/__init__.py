@@ -1,7 +1,7 @@
 """minilora: LoRA and what stands around it, from scratch, in plain PyTorch.
 
-Start reading at `model.py` (the transformer), `lora.py` (the layer), `train.py` (the loop) and `memory.py` (where the
-bytes go). `python -m minilora` runs the comparison that the rest explains.
+Start reading at `model.py` (the transformer), `lora.py` (the layer), `quant.py` (four bits), `train.py` (the loop) and
+`memory.py` (where the bytes go). `python -m minilora` runs the comparison that the rest explains.
 """
 
 from minilora.adapters.inject import (
@@ -15,6 +15,7 @@ from minilora.adapters.inject import (
     unmerge_lora,
 )
 from minilora.experiments.simulate import MemoryReport, simulate
+from minilora.inference.bank import AdapterBank
 from minilora.inference.generate import generate
 from minilora.lora import LoRAConfig, LoRALinear
 from minilora.memory import MemoryMeter
@@ -25,6 +26,7 @@ from minilora.text.tokenizer import Tokenizer
 from minilora.train import TrainConfig, train
 
 __all__ = [
+    "AdapterBank",
     "GPT",
     "GPTConfig",
     "LoRAConfig",
