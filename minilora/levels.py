@@ -1,7 +1,7 @@
-"""Where the levels of a 4-bit number lie: int4, FP4 and NF4, each made by its formula; and the 8-bit levels of scales.
+"""Where the levels of a 4-bit number lie, and how a number from -1 to 1 is rounded to one of them.
 
-A table is indexed by code, 0 to 15, and its largest entry is 1 (for the scheme's own reasons int4 has a -8/7 that
-nothing is rounded to). `quant.py` looks numbers up here and knows nothing else of a scheme.
+int4, FP4 and NF4 are tables of sixteen, each made by its formula and indexed by code; the largest entry is 1. Scales
+under double quantization have a table of 256. `quant.py` rounds and looks up here and knows nothing else of a scheme.
 """
 
 import torch
@@ -58,3 +58,31 @@ def scale_levels() -> Tensor:
 
 LEVELS = {"int4": int4_levels(), "fp4": fp4_levels(), "nf4": nf4_levels()}  # (16,) float32 each, by code
 SCALE_LEVELS = scale_levels()  # (256,) float32
+
+
+def encode(scaled: Tensor, scheme: str) -> Tensor:
+    """The code of the nearest level for each of scaled (n,), uint8 (n,)."""
+    if scheme == "int4":
+        return ((scaled * 7).round() + 8).to(torch.uint8)
+    levels, order = LEVELS[scheme].to(scaled.device).sort(stable=True)
+    codes = nearest(scaled, levels)
+    return codes if scheme == "nf4" else order.to(torch.uint8)[codes.int()]  # fp4's codes are not in order of value
+
+
+def nearest(scaled: Tensor, levels: Tensor) -> Tensor:
+    """How many midpoints between the sorted levels lie below each value; on a midpoint, the lower level. uint8."""
+    return torch.bucketize(scaled, (levels[:-1] + levels[1:]) / 2, out_int32=True).to(torch.uint8)
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Two 4-bit codes in a byte: byte i holds codes 2i (high half) and 2i + 1 (low half). (n,) -> (n/2,)."""
+    return codes[::2] << 4 | codes[1::2]
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """(n/2,) -> (n,), the inverse of `pack`."""
+    return torch.stack([packed >> 4, packed & 15], dim=1).view(-1)
+
+
+# The two levels that each byte stands for, (256, 2): one look-up instead of two, and no shifting.
+PAIRS = {scheme: levels[unpack(torch.arange(256)).view(256, 2)] for scheme, levels in LEVELS.items()}

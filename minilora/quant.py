@@ -34,7 +34,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from minilora.levels import LEVELS, SCALE_LEVELS
+from minilora.levels import LEVELS, PAIRS, SCALE_LEVELS, encode, nearest, pack
 
 SCALE_BLOCK = 256  # scales that share a scale under double quantization
 CHUNK = 2**20  # weights handled at a time: temporaries stay small, and in the processor's cache
@@ -124,6 +124,9 @@ def quantize(weight: Tensor, scheme: str = "nf4", block_size: int = 64, double_q
 
 
 def check_finite(name: str, tensor: Tensor):
+    tensor = (
+        tensor.float() if tensor.dtype == torch.float64 else tensor
+    )  # quantized in float32, where 1e300 is infinite
     if not tensor.isfinite().all():
         raise ValueError(f"{name} holds NaN or infinity and cannot be quantized")
 
@@ -140,34 +143,6 @@ def scale_to_unit(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     rest = flat[whole:].float()
     last = rest.abs().amax().clamp(min=TINY)
     return torch.cat([scaled, (rest / last).clamp(-1, 1)]), torch.cat([absmax, last[None]])
-
-
-def encode(scaled: Tensor, scheme: str) -> Tensor:
-    """The code of the nearest level for each of scaled (n,), uint8 (n,)."""
-    if scheme == "int4":
-        return ((scaled * 7).round() + 8).to(torch.uint8)
-    levels, order = LEVELS[scheme].to(scaled.device).sort(stable=True)
-    codes = nearest(scaled, levels)
-    return codes if scheme == "nf4" else order.to(torch.uint8)[codes.int()]  # fp4's codes are not in order of value
-
-
-def nearest(scaled: Tensor, levels: Tensor) -> Tensor:
-    """How many midpoints between the sorted levels lie below each value; on a midpoint, the lower level. uint8."""
-    return torch.bucketize(scaled, (levels[:-1] + levels[1:]) / 2, out_int32=True).to(torch.uint8)
-
-
-def pack(codes: Tensor) -> Tensor:
-    """Two 4-bit codes in a byte: byte i holds codes 2i (high half) and 2i + 1 (low half). (n,) -> (n/2,)."""
-    return codes[::2] << 4 | codes[1::2]
-
-
-def unpack(packed: Tensor) -> Tensor:
-    """(n/2,) -> (n,), the inverse of `pack`."""
-    return torch.stack([packed >> 4, packed & 15], dim=1).view(-1)
-
-
-# The two levels that each byte stands for, (256, 2): one look-up instead of two, and no shifting.
-PAIRS = {scheme: levels[unpack(torch.arange(256)).view(256, 2)] for scheme, levels in LEVELS.items()}
 
 
 def quantize_scales(quantized: QuantizedTensor) -> QuantizedTensor:
@@ -229,7 +204,7 @@ class Linear4bit(nn.Module):
     """A frozen linear layer in 4 bits, x (..., in) -> (..., out), computed in x's dtype (under autocast, in its).
 
     The tensors of the QuantizedTensor are buffers: they move with the module and are in its state_dict, and nothing
-    trains them. `.to(dtype)` casts the bias only; scales stay float32.
+    trains them. `.to(dtype)` casts the bias and says as what the weight is to be dequantized; scales stay float32.
     """
 
     def __init__(
@@ -279,8 +254,8 @@ class Linear4bit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))  # as nn.Linear does, which leaves float64 alone too
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return DequantizedLinear.apply(x, bias, self.quantized)
 
@@ -291,11 +266,12 @@ class Linear4bit(nn.Module):
             moved = fn(tensor)
             return moved if tensor is self.bias or moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
         return super()._apply(move, recurse)
 
     def get_extra_state(self) -> dict:
         """What a state_dict holds besides the tensors, which do not say of themselves what they mean."""
-        return {"scheme": self.scheme, "block_size": self.block_size}
+        return {"scheme": self.scheme, "block_size": self.block_size, "double_quant": self.double_quant}
 
     def set_extra_state(self, state: dict):
         """Raises ValueError for codes of another scheme or block size: they would fit and mean something else."""
@@ -308,9 +284,9 @@ class Linear4bit(nn.Module):
 
 
 def float_linears(model: nn.Module, skip: Sequence[str] = ("lm_head",)) -> dict[str, nn.Linear]:
-    """By full name, every nn.Linear but the output head, or whose name ends as `skip` says."""
+    """By full name, every nn.Linear but the output head, or whose name has a part that `skip` lists."""
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    return {name: linear for name, linear in linears.items() if name.rpartition(".")[2] not in skip}
+    return {name: linear for name, linear in linears.items() if not set(name.split(".")) & set(skip)}
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Linear4bit]:

@@ -153,6 +153,13 @@ def test_a_base_in_4_bits_on_disk(tiny, text, tmp_path, capsys):
     assert main(["evaluate", "--base", str(tiny), "--quantize", "nf4", "--count", "2"]) == 0
 
 
+def test_the_size_of_the_artifact_is_that_of_its_files(tiny, text, tmp_path, capsys):
+    """The state of the unfinished run, which lies beside it until the end, is not the artifact."""
+    assert main(["finetune", *small("--base", tiny, "--data", text, "--sequence-length", 32, "--out", tmp_path)]) == 0
+    size = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert f"artifact_bytes        {size}\n" in capsys.readouterr().out
+
+
 def test_full_fine_tuning_writes_a_model(tiny, text, tmp_path, capsys):
     more = ["--base", tiny, "--data", text, "--sequence-length", 32, "--method", "full", "--out", tmp_path]
     assert main(["finetune", *small(*more)]) == 0

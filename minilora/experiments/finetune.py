@@ -120,9 +120,11 @@ class Run:
         """Saves what the method made, an adapter or a model, in place of what was there; returns its bytes."""
         if any(lora_layers(self.model)):
             save_adapter(self.model, directory)
+            written = "adapter_model.safetensors", "adapter_config.json"
         else:
             save_model(self.model, directory)
-        return sum(file.stat().st_size for file in directory.glob("*.*") if file.suffix in (".json", ".safetensors"))
+            written = "model.safetensors", "config.json"
+        return sum((directory / name).stat().st_size for name in written)
 
 
 def run(
