@@ -29,14 +29,17 @@ from minilora.storage.adapters import read_adapter
 
 
 class BankedLinear(nn.Module):
-    """A frozen linear layer and its slots. x (batch, T, in) -> (batch, T, out)."""
+    """A frozen linear layer and its slots. x (batch, T, in) -> (batch, T, out), or without T where only the last
+    position is wanted."""
 
     def __init__(self, base_layer: nn.Module, slots: int, like: Tensor):
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        self.A, self.B = like.new_zeros(slots, 0, self.in_features), like.new_zeros(slots, 0, self.out_features)
+        self.register_buffer("A", like.new_zeros(slots, 0, self.in_features), persistent=False)
+        self.register_buffer("B", like.new_zeros(slots, 0, self.out_features), persistent=False)
         self.rows: tuple[Tensor, Tensor] | None = None  # A (batch, r, in) and B (batch, r, out) of the batch's rows
+        self.train(base_layer.training)
 
     @property
     def r(self) -> int:
@@ -60,6 +63,10 @@ class BankedLinear(nn.Module):
         y = self.base_layer(x)
         if self.rows is None:
             return y
+        return self.add(x, y) if x.dim() == 3 else self.add(x[:, None], y[:, None])[:, 0]
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """x (batch, T, in), y (batch, T, out) -> y + B (A x), each row with its own."""
         A, B = self.rows
         h = torch.bmm(x, A.transpose(1, 2).to(x.dtype))  # (batch, T, r)
         # In place where nobody watches: y is this layer's own, and a second array of its size is half the cost.
@@ -70,14 +77,18 @@ class BankedLinear(nn.Module):
 class AdapterBank:
     """Serves a plain model with many adapters. The model's adapted layers are wrapped; outside `rows` it is the base.
 
-    adapters: by name, an `Adapter` or the folder of a saved one. slots: adapters that are resident at a time.
+    adapters: by name, an `Adapter` (kept as it is, not copied) or the folder of a saved one. slots: adapters that are
+        resident at a time.
 
-    Raises ValueError for a model with LoRA layers, an adapter that does not fit, and all that `add` refuses.
+    Raises ValueError for a model with LoRA layers or in another bank, and all that `add` refuses; the model is then as
+    it was.
     """
 
     def __init__(self, model: GPT, adapters: Mapping[str, Adapter | str | Path] | None = None, slots: int = 64):
         if any(lora_layers(model)):
             raise ValueError("the model has LoRA layers; a bank needs the plain base, which it shares among adapters")
+        if any(isinstance(module, BankedLinear) for module in model.modules()):
+            raise ValueError("the model is in another bank already; close() that one first")
         if type(slots) is not int or slots < 1:
             raise ValueError(f"slots is {slots!r}; at least 1 adapter must be resident")
         self.model, self.slots = model.requires_grad_(False).eval(), slots
@@ -86,8 +97,12 @@ class AdapterBank:
         self.layers: dict[str, BankedLinear] = {}
         self.linears = linear_layers(model)
         self.running: list[str | None] | None = None  # the rows of the batch under way
-        for name, adapter in (adapters or {}).items():
-            self.add(name, adapter)
+        try:
+            for name, adapter in (adapters or {}).items():
+                self.add(name, adapter)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def device(self) -> torch.device:
@@ -108,15 +123,14 @@ class AdapterBank:
         self._check_unused(name)
         if not isinstance(adapter, Adapter):
             adapter = read_adapter(self.model, adapter, force)
-        for layer, A in adapter.A.items():
-            linear, B = self.linears.get(layer), adapter.B[layer]
-            if linear is None:
+        for layer in adapter.A.keys() | adapter.B.keys():
+            if (linear := self.linears.get(layer)) is None:
                 raise ValueError(f"adapter {name!r} has a layer {layer}, which the model does not have")
-            if (A.shape[1], B.shape[0], A.shape[0]) != (linear.in_features, linear.out_features, B.shape[1]):
-                found = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
-                raise ValueError(
-                    f"adapter {name!r} has {found} for {layer} of {linear.in_features} to {linear.out_features}"
-                )
+            found = [tuple(part[layer].shape) if layer in part else None for part in (adapter.A, adapter.B)]
+            r = found[0][0] if found[0] else 0
+            if found != [(r, linear.in_features), (linear.out_features, r)]:
+                sizes = f"{linear.in_features} to {linear.out_features} features"
+                raise ValueError(f"adapter {name!r} has A {found[0]} and B {found[1]} for {layer} of {sizes}")
         for layer in adapter.A.keys() - self.layers.keys():
             wrapped = BankedLinear(self.linears[layer], self.slots + 1, self.model.model.embed_tokens.weight)
             self.layers[layer] = wrapped
@@ -130,6 +144,12 @@ class AdapterBank:
         self._check_unused(name)
         del self.adapters[name]
         self.resident.pop(name, None)
+
+    def close(self):
+        """Gives the model back as it was, plain. The bank is empty afterwards."""
+        for name, layer in self.layers.items():
+            put(self.model, name, layer.base_layer)
+        self.layers, self.adapters, self.resident, self.running = {}, {}, {}, None
 
     @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[GPT]:
@@ -147,11 +167,11 @@ class AdapterBank:
             self.select(None)
 
     def select(self, names: Sequence[str | None] | None):
-        """The rows from now on, for a batch whose rows come and go; None ends it."""
+        """The rows from now on, for a batch whose rows come and go (serve.py); None ends it."""
         slots = None
         if names is not None:
             self.check_known(*names)
-            slots = torch.tensor(self._page_in(names), device=self.device)
+            slots = torch.tensor(self._page_in(names), dtype=torch.int64, device=self.device)
         self.running = None if names is None else list(names)
         for layer in self.layers.values():
             layer.gather(slots)
@@ -192,8 +212,11 @@ class AdapterBank:
 
     def _load(self, slot: int, adapter: Adapter):
         for name, layer in self.layers.items():
-            A, B = adapter.A.get(name), adapter.B.get(name)
-            layer.store(slot, A, None if B is None else adapter.scaling(name) * B.T)
+            if name in adapter.A:
+                B = adapter.B[name].to(torch.promote_types(adapter.B[name].dtype, layer.B.dtype))
+                layer.store(slot, adapter.A[name], adapter.scaling(name) * B.T)
+            else:
+                layer.store(slot, None, None)
 
     def check_known(self, *names: str | None):
         """Raises ValueError for a name that no adapter has; None is the base."""

@@ -105,18 +105,18 @@ def next_tokens(logits: Tensor, temperature: float, top_k, top_p, generators: li
     return order.gather(1, torch.stack(draws))[:, 0]
 
 
-def check_prompts(model: GPT, prompts, max_new_tokens, temperature, top_k, top_p):
-    """Raises what `generate` says it raises."""
+def check_prompts(model: GPT, prompts, max_new_tokens, temperature, top_k, top_p, first: int = 0):
+    """Raises what `generate` says it raises; the prompts are counted from `first`."""
     vocabulary, limit = model.config.vocab_size, model.config.max_position_embeddings
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; at least 1 is needed")
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens!r}; a whole number of at least 1 is needed")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; it must be 0 (always the likeliest token) or above")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}; at least 1 token must be kept")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts, first):
         if not prompt:
             raise ValueError(f"prompt {number} is empty; it needs at least one token, such as the begin token")
         if min(prompt) < 0 or max(prompt) >= vocabulary:

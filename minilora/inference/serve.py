@@ -54,33 +54,47 @@ def serve(
 ) -> Iterator[tuple[int, list[int]]]:
     """Answers the requests, at most `batch_size` at a time; yields (number of the request, new tokens) as they finish.
 
-    A request's tokens are those that `bank.generate` gives for the whole list, whatever else is in the batch. Raises
-    ValueError, before anything runs, for what `generate` refuses, an unknown adapter and a batch_size below 1.
+    A request's tokens are those that `bank.generate` gives for the whole list, whatever else is in the batch. A request
+    whose adapter finds no slot beside those of the running rows waits until one is free.
+
+    Raises ValueError, before anything runs, for what `generate` refuses, an unknown adapter and a batch_size below 1;
+    and at the first answer, if another batch of the bank is under way then.
     """
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1")
-    for request in requests:
-        check_prompts(bank.model, [request.prompt], request.max_new_tokens, temperature, top_k, top_p)
+    for number, request in enumerate(requests):
+        check_prompts(bank.model, [request.prompt], request.max_new_tokens, temperature, top_k, top_p, number)
         bank.check_known(request.adapter)
     return _run(bank, requests, batch_size, (temperature, top_k, top_p), seed, eos_id)
 
 
 @torch.no_grad()
 def _run(bank: AdapterBank, requests: Sequence[Request], batch_size: int, sampling: tuple, seed: int, eos_id):
+    if bank.running is not None:
+        raise ValueError("a batch of this bank is under way; end it before the next one begins")
     generators = row_generators(len(requests), seed)
     waiting = [Row(number, request, generators[number], []) for number, request in enumerate(requests)][::-1]
-    rows, cache = [], KVCache()
+    rows, cache, selected = [], KVCache(), None
 
     def step(some: list[Row], ids: Tensor, own: KVCache):
         """One forward pass of ids (B, T) with each row's adapter, and one more token for each row."""
-        bank.select([row.request.adapter for row in some])
+        nonlocal selected
+        names = [row.request.adapter for row in some]
+        if names != selected:  # as long as the rows stay, what was gathered for them serves
+            bank.select(names)
+            selected = names
         logits = bank.model.lm_head(bank.model.model(ids, own)[:, -1])  # (B, V)
         for row, token in zip(some, next_tokens(logits, *sampling, [row.random for row in some]).tolist(), strict=True):
             row.tokens.append(token)
 
     try:
         while rows or waiting:
-            new = [waiting.pop() for _ in range(min(batch_size - len(rows), len(waiting)))]
+            new, present = [], {row.request.adapter for row in rows} - {None}
+            while waiting and len(rows) + len(new) < batch_size:
+                present |= {waiting[-1].request.adapter} - {None}
+                if len(present) > bank.slots:
+                    break
+                new.append(waiting.pop())
             if rows:
                 step(rows, torch.tensor([row.tokens[-1:] for row in rows], device=bank.device), cache)
             if new:
@@ -88,6 +102,7 @@ def _run(bank: AdapterBank, requests: Sequence[Request], batch_size: int, sampli
                 own = KVCache(padding)
                 step(new, ids, own)
                 rows, cache = rows + new, join(cache, own) if rows else own
+            bank.running = [row.request.adapter for row in rows]  # whoever asks between two answers
             running = []
             for place, row in enumerate(rows):
                 ended = row.tokens[-1] == eos_id
