@@ -1,0 +1,177 @@
+"""Several adapters of one base made into one adapter, with weights: skills added up, or one taken away (w < 0).
+
+Each adapter is a change of weight, so a sum of adapters is a sum of changes, layer by layer:
+
+    ΔW = Σ w_i s_i B_i A_i = [w_1 s_1 B_1 | w_2 s_2 B_2 | ...] · [A_1 ; A_2 ; ...]
+
+The right-hand side is `concatenate`: B's beside each other, A's under each other, scale and weight inside B. It is the
+sum exactly, at rank R = Σ r_i. `truncate` goes back to a small rank: the r largest singular values of the sum, which no
+matrix of rank r comes closer to (Eckart and Young 1936). Adding the A's and adding the B's is something else:
+
+    (B_1 + B_2)(A_1 + A_2) = B_1 A_1 + B_2 A_2 + B_1 A_2 + B_2 A_1
+
+The last two terms belong to neither adapter. A and B mean nothing apart: for any invertible M, (B M)(M⁻¹ A) is the same
+adapter with other cross terms.
+
+Adapters trained apart may also be in each other's way: small entries of one blur what is large in another, and opposite
+signs cancel. Two remedies work on the entries of ΔW, so both need it whole, and give up the low rank:
+
+    ties    (Yadav et al. 2023) keep the largest entries of each, elect a sign for every entry, average those that agree
+    dare    (Yu et al. 2023) drop entries at random and scale up the rest: the sum stays right on average, and with few
+            entries left, adapters seldom meet in one
+
+Both come back to rank r by SVD, and report how much of ΔW that lost: often much, since what they do is not low-rank.
+
+Letters in the shape comments: in and out the layer's features, n adapters, r_i the rank of one, R of all together.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from functools import reduce
+from statistics import mode
+
+import torch
+from torch import Tensor
+
+from minilora.adapters.inject import Adapter
+from minilora.lora import LoRAConfig, check_rank
+
+Factors = tuple[Tensor, Tensor]  # B (out, r) and A (r, in), float64, scale and weight inside B
+
+
+def concatenate(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """Σ w_i ΔW_i exactly, at the sum of the ranks. Each layer gets what the adapters that have it bring.
+
+    Raises ValueError for no adapters, a weight missing or not finite, and layers whose shapes differ.
+    """
+    return _adapter({name: _stacked(parts) for name, parts in _weighted(adapters, weights).items()}, adapters)
+
+
+def truncate(adapters: Sequence[Adapter], weights: Sequence[float], r: int) -> tuple[Adapter, dict[str, float]]:
+    """The best adapter of rank r for Σ w_i ΔW_i, and what it misses: ‖ΔW - BA‖ / ‖ΔW‖ (Frobenius) for each layer.
+
+    A layer whose sum has a smaller rank than r gets only that rank, and misses nothing. The sum is never formed: with
+    B = Q_b R_b and Aᵀ = Q_a R_a, its singular values are those of R_b R_aᵀ, which is R x R.
+
+    Raises what `concatenate` raises, and ValueError for an r below 1.
+    """
+    check_rank("r", r)
+    factors, errors = {}, {}
+    for name, parts in _weighted(adapters, weights).items():
+        B, A = _stacked(parts)
+        (Qb, Rb), (Qa, Ra) = torch.linalg.qr(B), torch.linalg.qr(A.T)
+        # Adapters that cancel leave only rounding, which is no part of the sum.
+        noise = torch.finfo(B.dtype).eps * len(Rb) * Rb.norm() * Ra.norm()
+        (b, a), errors[name] = _best(Rb @ Ra.T, r, noise)
+        factors[name] = Qb @ b, a @ Qa.T
+    return _adapter(factors, adapters), errors
+
+
+def ties(
+    adapters: Sequence[Adapter], weights: Sequence[float], density: float, r: int
+) -> tuple[Adapter, dict[str, float]]:
+    """Trim, elect, average: the adapter of rank r, and for each layer what the rank lost, as in `truncate`.
+
+    Of each w_i ΔW_i the `density` largest entries in magnitude stay, at least one. The sign of an entry is that of the
+    sum of what stayed there. Its value is the paper's disjoint mean: the sum of the weighted entries of that sign, over
+    their number; opposed and trimmed entries, absent layers and weights of zero do not count. Equal weights are the
+    paper's λ. The result is a mean already: for n adapters the plain choice is weights of 1, not 1/n.
+
+    Raises what `truncate` raises, and ValueError for a density outside (0, 1].
+    """
+
+    def merge(deltas: Tensor) -> Tensor:
+        flat = deltas.flatten(1)  # (n, out·in)
+        largest = flat.abs().topk(max(1, round(density * flat.shape[1])), dim=1).indices
+        kept = torch.zeros_like(flat).scatter_(1, largest, flat.gather(1, largest))
+        agree = kept.sign() == kept.sum(0).sign()
+        return ((kept * agree).sum(0) / agree.sum(0).clamp(min=1)).view_as(deltas[0])
+
+    return _by_entries(adapters, weights, density, r, merge)
+
+
+def dare(
+    adapters: Sequence[Adapter], weights: Sequence[float], density: float, r: int, seed: int = 0
+) -> tuple[Adapter, dict[str, float]]:
+    """Drop and rescale: the adapter of rank r, and for each layer what the rank lost, as in `truncate`.
+
+    Every entry of every ΔW_i is kept with probability `density` and then divided by it, or becomes zero; the result is
+    the weighted sum. The same seed drops the same entries. Raises what `ties` raises.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def merge(deltas: Tensor) -> Tensor:
+        kept = torch.rand(deltas.shape, generator=generator) < density
+        return (deltas * kept.to(deltas.device)).sum(0) / density
+
+    return _by_entries(adapters, weights, density, r, merge)
+
+
+def _by_entries(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    density: float,
+    r: int,
+    merge: Callable[[Tensor], Tensor],
+) -> tuple[Adapter, dict[str, float]]:
+    """`merge` on the weighted deltas (n, out, in) of each layer, then rank r. Only one layer's are held at a time."""
+    check_rank("r", r)
+    if not 0 < density <= 1:
+        raise ValueError(f"density is {density!r}; it must be a share of the entries above 0 and at most 1")
+    factors, errors = {}, {}
+    for name, parts in _weighted(adapters, weights).items():
+        factors[name], errors[name] = _best(merge(torch.stack([B @ A for B, A in parts])), r)
+    return _adapter(factors, adapters), errors
+
+
+def _weighted(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, list[Factors]]:
+    """By layer, in the order of first appearance, w_i s_i B_i and A_i of each adapter that has it."""
+    if not adapters:
+        raise ValueError("there are no adapters to combine; at least one is needed")
+    if len(adapters) != len(weights):
+        raise ValueError(f"there are {len(adapters)} adapters and {len(weights)} weights; each adapter needs one")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"the weights are {list(weights)!r}; they must be finite numbers")
+    layers: dict[str, list[Factors]] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        for name, A in adapter.A.items():
+            B = weight * adapter.scaling(name) * adapter.B[name].double()
+            parts = layers.setdefault(name, [])
+            parts.append((B, A.double()))
+            (out, in_), first = (len(B), A.shape[1]), (len(parts[0][0]), parts[0][1].shape[1])
+            if (out, in_) != first:
+                raise ValueError(
+                    f"{name} is of {first[1]} to {first[0]} features in one adapter and of {in_} to {out} in another; "
+                    "only adapters of one base can be combined"
+                )
+    return layers
+
+
+def _stacked(parts: list[Factors]) -> Factors:
+    """B (out, R) and A (R, in)."""
+    return torch.cat([B for B, _ in parts], 1), torch.cat([A for _, A in parts], 0)
+
+
+def _best(delta: Tensor, r: int, noise: float | Tensor = 0.0) -> tuple[Factors, float]:
+    """The nearest B A of rank r or below, each with half of every singular value, and its relative distance.
+
+    Singular values up to `noise` are taken for zero.
+    """
+    U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+    S = S.where(S > noise, 0)
+    root = S[:r].sqrt()
+    error = (S[r:].norm() / S.norm()).item() if S.any() else 0.0
+    return (U[:, :r] * root, root[:, None] * Vh[:r]), error
+
+
+def _adapter(factors: dict[str, Factors], adapters: Sequence[Adapter]) -> Adapter:
+    """The factors with a config that describes them, without dropout and scaled by 1; in the widest dtype of what they
+    were made of, float32 at least."""
+    dtypes = (tensor.dtype for adapter in adapters for part in (adapter.A, adapter.B) for tensor in part.values())
+    dtype = reduce(torch.promote_types, dtypes, torch.float32)
+    ranks = {name: len(A) for name, (_, A) in factors.items()}
+    r = mode(ranks.values())  # the most common one; layers of another rank are named, each as a whole
+    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
+    config = LoRAConfig(r, r, target_modules=list(ranks), rank_pattern=others, alpha_pattern=dict(others))
+    return Adapter(config, *({name: part[i].to(dtype) for name, part in factors.items()} for i in (1, 0)))
