@@ -14,6 +14,7 @@ from minilora.adapters.inject import (
     print_trainable_parameters,
     unmerge_lora,
 )
+from minilora.adapters.variants import loraplus_groups
 from minilora.experiments.simulate import MemoryReport, simulate
 from minilora.inference.bank import AdapterBank
 from minilora.inference.generate import generate
@@ -43,6 +44,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "lora_layers",
+    "loraplus_groups",
     "merge_lora",
     "print_trainable_parameters",
     "save_adapter",

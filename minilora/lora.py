@@ -57,6 +57,7 @@ class LoRAConfig:
     use_rslora: bool = False  # scale by lora_alpha / sqrt(r) (Kalajdzievski 2023), so that a high rank still learns
     rank_pattern: dict[str, int] = field(default_factory=dict)  # name suffix or expression -> r for those layers
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # the same for lora_alpha
+    use_dora: bool = False  # magnitude and direction apart (Liu 2024): adapters/dora.py
 
     def __post_init__(self):
         if not isinstance(self.target_modules, str):

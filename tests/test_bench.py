@@ -32,14 +32,14 @@ def rows():
 
 def test_every_claim_has_a_row_with_a_median_between_its_extremes(rows):
     bars = {row.claim: row.bar for row in rows if row.bar is not None and "bitsandbytes" not in row.claim}
-    assert list(bars.values()) == [0.72, 0.80, 1.05, 1.25, 1.8, 1.6, 1.1], bars
-    assert len(rows) in (10, 12), "with bitsandbytes two rows more"
+    assert list(bars.values()) == [0.72, 0.80, 1.10, 1.05, 1.25, 1.8, 1.6, 1.1], bars
+    assert len(rows) in (11, 13), "with bitsandbytes two rows more"
     for row in rows:
         assert 0 < row.lowest <= row.ratio <= row.highest, row
 
 
 def test_the_arithmetic_of_a_lora_step_is_near_two_thirds_and_of_a_merged_forward_exactly_one(rows):
-    few, every, quantized, merged = rows[:4]
+    few, every, quantized, _, merged = rows[:5]
     assert merged.arithmetic == 1.0
     assert quantized.arithmetic > every.arithmetic, "QLoRA leaves the base's product as it is and adds thin ones"
     # r / width is 1/16 here: the thin products weigh far more than at the shape of the claims.

@@ -351,9 +351,12 @@ def of_three(config, A, B):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda c, A, B: Adapter(c, cut(A), B), rf"A \(2, 15\) and B \(16, 2\) for {Q}; .* \(2, 16\) and \(16, 2\)"),
-        (lambda c, A, B: Adapter(c, A, cut(B)), rf"A \(2, 16\) and B \(16, 1\) for {Q}; .* \(2, 16\) and \(16, 2\)"),
-        (lambda c, A, B: Adapter(LoRAConfig(3, 3, 0.0, c.target_modules), A, B), r"B \(16, 2\) for .* \(16, 3\)"),
+        (lambda c, A, B: Adapter(c, cut(A), B), rf"{Q} needs a lora_A of shape \(2, 16\); .* \(2, 15\)"),
+        (lambda c, A, B: Adapter(c, A, cut(B)), rf"{Q} needs a lora_B of shape \(16, 2\); .* \(16, 1\)"),
+        (
+            lambda c, A, B: Adapter(LoRAConfig(3, 3, 0.0, c.target_modules), A, B),
+            r"needs a lora_A of shape \(3, 16\); .* \(2, 16\)",
+        ),
         (lambda c, A, B: Adapter(c, renamed(A), renamed(B)), r"a layer model\.layers\.7\.self_attn\.q_proj, which the"),
         (lambda c, A, B: Adapter(c, without(A), without(B)), f"{Q} must be among its target_modules, with A and B"),
         (lambda c, A, B: Adapter(c, A, without(B)), f"{Q} must be among its target_modules, with A and B"),

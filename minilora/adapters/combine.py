@@ -133,6 +133,10 @@ def _weighted(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str
         raise ValueError(f"there are {len(adapters)} adapters and {len(weights)} weights; each adapter needs one")
     if not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"the weights are {list(weights)!r}; they must be finite numbers")
+    if any(adapter.magnitude for adapter in adapters):
+        raise ValueError(
+            "DoRA adapters cannot be combined: their magnitudes scale W itself, which is not a sum of updates"
+        )
     layers: dict[str, list[Factors]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         for name, A in adapter.A.items():

@@ -10,14 +10,13 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
+from minilora.adapters.dora import DoRALinear
 from minilora.lora import LoRAConfig, LoRALinear, lora_scaling
-from minilora.quant import Linear4bit, quantized_layers
+from minilora.quant import Linear4bit, put, quantized_layers
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -67,6 +66,14 @@ def pattern_value(pattern: dict, name: str, default):
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
+def make_layer(layer: nn.Module, name: str, config: LoRAConfig) -> LoRALinear:
+    """The wrapper that `config` asks for around the layer of that full name."""
+    r = pattern_value(config.rank_pattern, name, config.r)
+    alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+    kind = DoRALinear if config.use_dora else LoRALinear
+    return kind(layer, r, alpha, config.lora_dropout, config.use_rslora)
+
+
 def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     """Wraps the layers that `config.target_modules` names and freezes everything else. Changes and returns the model.
 
@@ -78,22 +85,20 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
         raise ValueError("the model already has LoRA layers; apply_lora works on a plain model")
     layers = linear_layers(model)
     targets = find_targets(list(layers), config.target_modules)
-    for field in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, field):
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, pattern):
             if not any(re.match(rf"(.*\.)?({key})$", name) for name in targets):
-                raise ValueError(f"{field} key {key!r} matches none of the layers that get an adapter")
+                raise ValueError(f"{pattern} key {key!r} matches none of the layers that get an adapter")
 
     model.requires_grad_(False)
     for name in targets:
         layer = layers[name]
         r = pattern_value(config.rank_pattern, name, config.r)
-        alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
         if r > (full := min(layer.in_features, layer.out_features)):
             warnings.warn(
                 f"r={r} exceeds the full rank {full} of {name}: more parameters, no more freedom", stacklevel=2
             )
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoRALinear(layer, r, alpha, config.lora_dropout, config.use_rslora))
+        put(model, name, make_layer(layer, name, config))
     model.lora_config = config
     return model
 
@@ -148,11 +153,24 @@ def disable_lora(model: nn.Module):
 
 @dataclass
 class Adapter:
-    """An adapter apart from any model: its config, and by full layer name A (r, in) and B (out, r) of each layer."""
+    """An adapter apart from any model: its config, and by full layer name the A (r, in) and B (out, r) of each layer,
+    for DoRA also its magnitude (out,)."""
 
     config: LoRAConfig
     A: dict[str, Tensor]
     B: dict[str, Tensor]
+    magnitude: dict[str, Tensor] = field(default_factory=dict)
+
+    def fill(self, name: str, layer: LoRALinear):
+        """Puts the numbers of one layer into its wrapper. ValueError, naming the layer, where they do not fit it."""
+        parts = {"lora_A": self.A, "lora_B": self.B, "lora_magnitude_vector": self.magnitude}
+        wanted = dict(layer.named_parameters(recurse=False))
+        for part, parameter in wanted.items():
+            if name not in parts[part] or parts[part][name].shape != parameter.shape:
+                found = tuple(parts[part][name].shape) if name in parts[part] else "none"
+                raise ValueError(f"{name} needs a {part} of shape {tuple(parameter.shape)}; the adapter has {found}")
+        for part, parameter in wanted.items():
+            parameter.data.copy_(parts[part][name])
 
     def scaling(self, name: str) -> float:
         """s of one layer, as its LoRALinear has it."""
@@ -162,28 +180,44 @@ class Adapter:
 
 def extract_adapter(model: nn.Module) -> Adapter:
     """A copy of the model's adapter. Raises ValueError for a model that has none."""
-    layers = dict(lora_layers(model))
-    if not layers:
+    adapter = Adapter(copy.deepcopy(getattr(model, "lora_config", None)), {}, {})
+    for name, layer in lora_layers(model):
+        adapter.A[name], adapter.B[name] = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
+        if isinstance(layer, DoRALinear):
+            adapter.magnitude[name] = layer.lora_magnitude_vector.detach().clone()
+    if not adapter.A:
         raise ValueError("the model has no LoRA layers; apply_lora(model, config) puts them in")
-    A = {name: layer.lora_A.detach().clone() for name, layer in layers.items()}
-    return Adapter(
-        copy.deepcopy(model.lora_config), A, {n: layer.lora_B.detach().clone() for n, layer in layers.items()}
-    )
+    return adapter
 
 
 def apply_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
-    """`apply_lora` with the adapter's config, then its numbers: the model, changed. Raises what apply_lora raises."""
+    """`apply_lora` with the adapter's config, then its numbers: the model, changed.
+
+    Raises what apply_lora raises, and ValueError for numbers that are missing or mis-shaped; the model is then plain.
+    """
     apply_lora(model, adapter.config)
-    with torch.no_grad():
+    try:
         for name, layer in lora_layers(model):
-            layer.lora_A.copy_(adapter.A[name])
-            layer.lora_B.copy_(adapter.B[name])
+            adapter.fill(name, layer)
+    except ValueError:
+        remove_lora(model)
+        raise
     return model
 
 
+def remove_lora(model: nn.Module):
+    """Takes the LoRA layers out again: the plain model, frozen as it was. Raises ValueError while they are merged."""
+    layers = dict(lora_layers(model))
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError("the LoRA layers are merged; unmerge_lora(model) before taking them out")
+    for name, layer in layers.items():
+        put(model, name, layer.base_layer)
+    vars(model).pop("lora_config", None)
+
+
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """A and B of every LoRA layer."""
-    return list(chain.from_iterable((layer.lora_A, layer.lora_B) for _, layer in lora_layers(model)))
+    """What is trained of every LoRA layer: A, B, and DoRA's magnitude."""
+    return [parameter for _, layer in lora_layers(model) for parameter in layer.parameters(recurse=False)]
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -15,10 +15,9 @@ be trained, saved and merged. With none active it is the plain base.
 import copy
 from itertools import chain
 
-import torch
 from torch import nn
 
-from minilora.adapters.inject import Adapter, find_targets, linear_layers, lora_layers, pattern_value
+from minilora.adapters.inject import Adapter, find_targets, linear_layers, lora_layers, make_layer, remove_lora
 from minilora.lora import LoRAConfig, LoRALinear
 from minilora.quant import put
 
@@ -59,7 +58,11 @@ class AdapterShelf:
                 raise ValueError(
                     f"adapter {name!r} does not fit its config: {layer} must be among its target_modules, with A and B"
                 )
-            layers[layer] = self._wrap(name, layer, adapter, config)
+            layers[layer] = make_layer(self.base[layer], layer, config)
+            try:
+                adapter.fill(layer, layers[layer])
+            except ValueError as error:
+                raise ValueError(f"adapter {name!r} does not fit: {error}") from None
         self.configs[name], self.layers[name] = config, layers
 
     def switch(self, name: str | None):
@@ -69,12 +72,9 @@ class AdapterShelf:
         """
         if name is not None:
             self._check_known(name)
-        present = self.layers.get(self.active, {})
-        if any(layer.merged for layer in present.values()):
+        if any(layer.merged for layer in self.layers.get(self.active, {}).values()):
             raise ValueError(f"adapter {self.active!r} is merged into the base; unmerge_lora(model) before switching")
-        for layer in present:
-            put(self.model, layer, self.base[layer])
-        vars(self.model).pop("lora_config", None)
+        remove_lora(self.model)
         self.active = name
         if name is None:
             return
@@ -93,21 +93,6 @@ class AdapterShelf:
         if name == self.active:
             raise ValueError(f"adapter {name!r} is active; switch to another one or to None before removing it")
         del self.configs[name], self.layers[name]
-
-    def _wrap(self, name: str, layer: str, adapter: Adapter, config: LoRAConfig) -> LoRALinear:
-        r = pattern_value(config.rank_pattern, layer, config.r)
-        alpha = pattern_value(config.alpha_pattern, layer, config.lora_alpha)
-        module = LoRALinear(self.base[layer], r, alpha, config.lora_dropout, config.use_rslora)
-        A, B = adapter.A[layer], adapter.B[layer]
-        if (A.shape, B.shape) != (module.lora_A.shape, module.lora_B.shape):
-            raise ValueError(
-                f"adapter {name!r} has A {tuple(A.shape)} and B {tuple(B.shape)} for {layer}; its config and the model "
-                f"ask for {tuple(module.lora_A.shape)} and {tuple(module.lora_B.shape)}"
-            )
-        with torch.no_grad():
-            module.lora_A.copy_(A)
-            module.lora_B.copy_(B)
-        return module
 
     def _check_known(self, name: str):
         if name not in self.layers:

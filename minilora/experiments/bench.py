@@ -125,6 +125,13 @@ def make_rows(ratios: dict, arithmetic: dict, bars: dict) -> list[BenchRow]:
     ]
 
 
+def step_of(model: nn.Module, settings: BenchSettings) -> Callable:
+    """One training step on the same random batch, again at every call."""
+    config = TrainConfig(steps=1, batch_size=settings.batch_size, learning_rate=1e-4, precision="float32")
+    optimizer, ids = make_optimizer(model, config), settings.random_ids()
+    return lambda: training_step(model, optimizer, ids, ids, config)
+
+
 def training_steps(settings: BenchSettings) -> list[BenchRow]:
     """A training step of LoRA and of QLoRA against full fine-tuning's."""
     few, every = f"step, LoRA r={settings.r} on q_proj, v_proj", f"step, LoRA r={settings.r} on all linears"
@@ -134,15 +141,17 @@ def training_steps(settings: BenchSettings) -> list[BenchRow]:
         every: settings.build_lora_model("all-linear"),
         f"step, QLoRA r={settings.r} on all linears": settings.build_qlora_model(),
     }
-    config = TrainConfig(steps=1, batch_size=settings.batch_size, learning_rate=1e-4, precision="float32")
-    ids = settings.random_ids()
-
-    def step_of(model: nn.Module) -> Callable:
-        optimizer = make_optimizer(model, config)
-        return lambda: training_step(model, optimizer, ids, ids, config)
-
-    actions = {name: step_of(model) for name, model in models.items()}
+    actions = {name: step_of(model, settings) for name, model in models.items()}
     return make_rows(*interleave(actions, settings, "training steps"), {few: 0.72, every: 0.80})
+
+
+def dora_step(settings: BenchSettings) -> list[BenchRow]:
+    """A training step of DoRA against plain LoRA's."""
+    claim = f"step, DoRA r={settings.r} over LoRA's"
+    config = LoRAConfig(settings.r, 2 * settings.r, target_modules="all-linear", use_dora=True)
+    models = {"LoRA": settings.build_lora_model("all-linear"), claim: apply_lora(settings.build_model(), config)}
+    actions = {name: step_of(model, settings) for name, model in models.items()}
+    return make_rows(*interleave(actions, settings, "DoRA"), {claim: 1.10})
 
 
 def merged_forward(settings: BenchSettings) -> list[BenchRow]:
@@ -224,12 +233,8 @@ def serving(settings: BenchSettings) -> list[BenchRow]:
     return result
 
 
-CLAIMS = (
-    training_steps,
-    merged_forward,
-    quantization,
-    serving,
-)  # one function for each kind of claim: settings in, rows out
+# One function for each kind of claim: settings in, rows out.
+CLAIMS = (training_steps, dora_step, merged_forward, quantization, serving)
 
 
 def run_bench(settings: BenchSettings | None = None) -> list[BenchRow]:
@@ -251,8 +256,8 @@ def format_bench(rows: list[BenchRow], settings: BenchSettings | None = None) ->
         f"torch {torch.__version__}, {settings.threads} threads, load over the last minute {load}, about "
         f"{settings.threads} of it our own (much more: something else was running, do not trust the ratios)",
         f"{settings.num_hidden_layers} layers, {settings.hidden_size} wide, batch {settings.batch_size} x "
-        f"{settings.sequence_length}, float32; ratios to the full step or the base's forward; quantization of a "
-        f"{settings.matrix_size} x {settings.matrix_size} weight to nf4; median of {settings.rounds} rounds",
+        f"{settings.sequence_length}, float32; ratios to the full step, the base's forward or what is named; nf4 of a "
+        f"{settings.matrix_size} x {settings.matrix_size} weight; median of {settings.rounds} rounds",
         "",
         f"{'':36}{'ratio':>7}{'lowest':>9}{'highest':>9}{'bar':>7}  {'':6}{'arithmetic':>12}",
     ]

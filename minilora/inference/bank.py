@@ -123,6 +123,10 @@ class AdapterBank:
         self._check_unused(name)
         if not isinstance(adapter, Adapter):
             adapter = read_adapter(self.model, adapter, force)
+        if adapter.magnitude:
+            raise ValueError(
+                f"adapter {name!r} is DoRA's, which scales rows of W itself; a bank shares W among all rows"
+            )
         for layer in adapter.A.keys() | adapter.B.keys():
             if (linear := self.linears.get(layer)) is None:
                 raise ValueError(f"adapter {name!r} has a layer {layer}, which the model does not have")

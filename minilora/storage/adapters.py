@@ -35,7 +35,6 @@ FIXED = {
     "fan_in_fan_out": False,
     "init_lora_weights": True,
     "modules_to_save": None,
-    "use_dora": False,
 }
 # Fields that say where an adapter comes from and how it began, not what it computes.
 IGNORED = {"task_type", "base_model_name_or_path", "inference_mode", "auto_mapping", "revision", "peft_version"}
@@ -44,7 +43,7 @@ IGNORED |= {"megatron_core", "qalora_group_size", "runtime_config", "eva_config"
 # fits a changed base that is not on disk.
 PLAIN_STARTS = [True, False, "gaussian", "eva", "orthogonal"]
 TYPES = {"r": int, "lora_alpha": (int, float), "lora_dropout": (int, float), "target_modules": (str, list)}
-TYPES |= {"use_rslora": bool, "rank_pattern": dict, "alpha_pattern": dict}
+TYPES |= {"use_rslora": bool, "use_dora": bool, "rank_pattern": dict, "alpha_pattern": dict}
 
 
 def save_adapter(model: GPT, directory: str | Path):
@@ -54,8 +53,8 @@ def save_adapter(model: GPT, directory: str | Path):
     """
     tensors = {}
     for name, layer in lora_layers(model):
-        tensors[_tensor_name(name, "lora_A")] = layer.lora_A.float()
-        tensors[_tensor_name(name, "lora_B")] = layer.lora_B.float()
+        for matrix, parameter in layer.named_parameters(recurse=False):
+            tensors[_tensor_name(name, matrix)] = parameter.float()
     if not tensors:
         raise ValueError("the model has no LoRA layers to save; apply_lora(model, config) puts them in")
     metadata = {"format": "pt", FINGERPRINT: fingerprint(model)}
@@ -100,10 +99,8 @@ def load_adapter(model: GPT, directory: str | Path, force: bool = False) -> GPT:
     if any(layer.merged for layer in layers.values()):
         raise ValueError("the model's LoRA layers are merged; unmerge_lora(model) before loading an adapter")
     adapter = read_adapter(model, directory, force)
-    with torch.no_grad():
-        for name, layer in layers.items():
-            layer.lora_A.copy_(adapter.A[name])
-            layer.lora_B.copy_(adapter.B[name])
+    for name, layer in layers.items():
+        adapter.fill(name, layer)
     return model
 
 
@@ -122,24 +119,27 @@ def read_adapter(model: GPT, directory: str | Path, force: bool = False) -> Adap
     # would raise (a target that matches nothing, say).
     with torch.device("meta"):
         layers = dict(lora_layers(apply_lora(GPT(model.config), config)))
-    expected = {}
-    for name, layer in layers.items():
-        expected[_tensor_name(name, "lora_A")] = tuple(layer.lora_A.shape)
-        expected[_tensor_name(name, "lora_B")] = tuple(layer.lora_B.shape)
+    expected = {
+        _tensor_name(name, matrix): tuple(parameter.shape)
+        for name, layer in layers.items()
+        for matrix, parameter in layer.named_parameters(recurse=False)
+    }
     for name, (kind, _) in header.items():
         check_type(name, kind, directory / WEIGHTS)
     check_tensors(directory, expected, {name: shape for name, (_, shape) in header.items()})
     with open_safetensors(directory / WEIGHTS) as file:
         base = (file.metadata() or {}).get(FINGERPRINT)
-        A, B = (
-            {name: file.get_tensor(_tensor_name(name, matrix)) for name in layers} for matrix in ("lora_A", "lora_B")
+        matrices = ("lora_A", "lora_B", "lora_magnitude_vector")
+        A, B, magnitude = (
+            {name: file.get_tensor(key) for name in layers if (key := _tensor_name(name, matrix)) in expected}
+            for matrix in matrices
         )
     if base is not None and not force and base != fingerprint(model):
         raise ValueError(
             f"{directory} was trained on another base than this model{_how(directory, model)}; "
             "force=True loads it all the same"
         )
-    return Adapter(config, A, B)
+    return Adapter(config, A, B, magnitude)
 
 
 def _how(directory: Path, model: GPT) -> str:
@@ -152,7 +152,8 @@ def _how(directory: Path, model: GPT) -> str:
 
 
 def _tensor_name(module: str, matrix: str) -> str:
-    return f"base_model.model.{module}.{matrix}.weight"
+    # PEFT's magnitude is a parameter of its own and has no .weight behind it.
+    return f"base_model.model.{module}.{matrix}" + (".weight" if matrix in ("lora_A", "lora_B") else "")
 
 
 def _read_config(path: Path) -> LoRAConfig:

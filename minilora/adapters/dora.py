@@ -1,0 +1,102 @@
+"""DoRA: the magnitude and the direction of each row of W learn apart (Liu et al. 2024, section 4).
+
+    V = W + s·BA        y = m ⊙ (V x) / ‖V‖ + b        ‖V‖ by row, (out,)
+
+m (out,) is trained beside A and B, and starts as the row norms of W, so that the layer starts as the one it wraps. In
+backward ‖V‖ counts as a constant (section 4.3): the gradient of A and B is LoRA's, scaled by g = m / ‖V‖, and nothing
+more has to be remembered.
+
+The norms need no B·A in full: ‖V‖² = ‖W‖² + 2s ⟨W, BA⟩ + s² ‖BA‖², where by row ⟨W, BA⟩ = Σ (W Aᵀ) ⊙ B and
+‖BA‖² = Σ (B AAᵀ) ⊙ B: products of rank r.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from minilora.lora import LoRALinear, LowRankTerm
+from minilora.quant import Linear4bit, dequantize
+
+
+class FormedDirection(Function):
+    """y = (g ⊙ (W + sBA)) x + b with g = m / ‖W + sBA‖, the weight formed for the step as in `lora.FormedWeight`.
+
+    The gradient of m is Σ_n gy ⊙ (V x) / ‖V‖, and (V x) / ‖V‖ is (y - b) / m: so y is kept, which the next layer mostly
+    keeps as well, and no product is computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, m: Tensor, norm: Tensor, s: float
+    ):
+        g = (m / norm)[:, None]  # (out, 1)
+        y = F.linear(x, torch.addmm(W, B, A, alpha=s).mul_(g), bias)
+        ctx.save_for_backward(x, W, bias, A, B, m, g, y)
+        ctx.scaling = s
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gy: Tensor):
+        x, W, bias, A, B, m, g, y = ctx.saved_tensors
+        s = ctx.scaling
+        gx = gy @ torch.addmm(W, B, A, alpha=s).mul_(g) if ctx.needs_input_grad[0] else None
+        x, rows, y = x.reshape(-1, x.shape[-1]), gy.reshape(-1, gy.shape[-1]), y.reshape(-1, y.shape[-1])  # (N, ...)
+        gB = g * s * ((A @ x.T) @ rows).T  # ((r, N) (N, out))ᵀ
+        gA = (s * (g * B).T @ rows.T) @ x  # (r, N) (N, in)
+        gm = (rows * y).sum(0)  # Σ_n gy ⊙ y, (out,)
+        if bias is not None:
+            gm = gm - bias * rows.sum(0)
+        return gx, None, None, gA, gB, gm / m, None, None
+
+
+class DoRALinear(LoRALinear):
+    """A LoRALinear with a trained magnitude, `lora_magnitude_vector` (out,), in A's dtype.
+
+    With dropout, as in PEFT: y = W x + b + (g - 1) ⊙ (W x_d) + g ⊙ s·BA x_d, x_d the dropped input.
+    """
+
+    def __init__(self, base_layer: nn.Module, r: int, lora_alpha: float, lora_dropout=0.0, use_rslora=False):
+        super().__init__(base_layer, r, lora_alpha, lora_dropout, use_rslora)
+        squares = self.float_weight().pow(2).sum(1)
+        self.register_buffer("squared_norms", squares, persistent=False)  # ‖W‖² by row
+        self.lora_magnitude_vector = nn.Parameter(squares.sqrt())
+
+    def float_weight(self) -> Tensor:
+        """W (out, in), in A's dtype: float32 at least."""
+        base, dtype = self.base_layer, self.lora_A.dtype
+        if isinstance(base, Linear4bit):
+            return dequantize(base.quantized, dtype)
+        return (self.original_weight if self.merged else base.weight).detach().to(dtype)
+
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        """‖W + s·BA‖ of each row, (out,)."""
+        A, B, s = self.lora_A, self.lora_B, self.scaling
+        cross = (self.float_weight() @ A.T * B).sum(1)  # (out, in) (in, r) ⊙ (out, r)
+        square = (B @ (A @ A.T) * B).sum(1)
+        return (self.squared_norms + 2 * s * cross + s**2 * square).clamp(min=0).sqrt()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged or not self.enabled:
+            return super().forward(x)
+        base, A, B, m, s = self.base_layer, self.lora_A, self.lora_B, self.lora_magnitude_vector, self.scaling
+        norm = self.norms()
+        dropping = self.training and self.lora_dropout > 0
+        if not dropping and self.forming_pays(x):
+            return FormedDirection.apply(x, base.weight, base.bias, A, B, m, norm, s)
+        y, bias = base(x), base.bias if base.bias is not None else 0
+        g = (m / norm).to(y.dtype)
+        if not dropping:
+            return g * (LowRankTerm.apply(y, x, A, B, s, None) - bias) + bias
+        keep = 1 - self.lora_dropout
+        mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(keep)
+        dropped = base(x * mask / keep) - bias  # W x_d
+        return y - dropped + g * LowRankTerm.apply(dropped, x, A, B, s / keep, mask)
+
+    def delta_weight(self) -> Tensor:
+        """g ⊙ (W + s·BA) - W, (out, in), in float32 at least."""
+        W = self.float_weight()
+        return (self.lora_magnitude_vector / self.norms())[:, None] * (W + super().delta_weight()) - W
