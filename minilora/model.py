@@ -75,7 +75,7 @@ class RMSNorm(nn.Module):
 def rotary_frequencies(config: GPTConfig, device=None) -> Tensor:
     """Angle per token of each feature pair: theta^(-2i/D), (D/2,), stretched for long contexts where asked."""
     exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-    frequencies = config.rope_theta**-exponents
+    frequencies = 1 / config.rope_theta**exponents  # and not theta**-exponents, which is off by a last bit
     if (scaling := config.rope_scaling) is None:
         return frequencies
     if scaling["rope_type"] == "linear":
@@ -84,7 +84,7 @@ def rotary_frequencies(config: GPTConfig, device=None) -> Tensor:
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # over the original context
     blend = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (blend + (1 - blend) / scaling["factor"])
+    return (1 - blend) * frequencies / scaling["factor"] + blend * frequencies
 
 
 def rotary_cos_sin(config: GPTConfig, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import warnings
 
 import pytest
 import torch
@@ -165,28 +164,6 @@ def test_a_file_that_another_program_wrote(floats, tmp_path, storage):
     assert list(quantized_layers(model)) == [Q]
     found = model.get_submodule(Q).quantized
     assert torch.equal(dequantize(found), dequantize(quantized)) and found.dtype == torch.bfloat16
-
-
-def test_transformers_and_we_read_each_other(tmp_path):
-    pytest.importorskip("bitsandbytes")
-    transformers = pytest.importorskip("transformers")
-    # Rows of whole blocks: bitsandbytes' CPU kernel decodes others wrongly.
-    shape = dict(hidden_size=64, intermediate_size=192, head_dim=16, attention_bias=False)
-    save_model(make_model(**shape), tmp_path / "floats")
-    settings = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = transformers.BitsAndBytesConfig(**settings)
-        load = transformers.AutoModelForCausalLM.from_pretrained
-        theirs = load(tmp_path / "floats", quantization_config=config, dtype=torch.float32)
-        theirs.save_pretrained(tmp_path / "theirs")
-        ours = load_model(tmp_path / "theirs")
-        save_model(ours, tmp_path / "ours")
-        back = load(tmp_path / "ours", dtype=torch.float32).dequantize(dtype=torch.float32)
-        with torch.no_grad():
-            difference = (back(IDS).logits - logits(ours)).abs().max().item()
-    assert fingerprint(ours) == fingerprint(load_model(tmp_path / "floats", quantize_to="nf4", double_quant=False))
-    assert difference < 1e-5, f"logits differ by {difference}"
 
 
 # -- what is damaged -------------------------------------------------------------------------------------------------
