@@ -261,5 +261,5 @@ def levels_over_weights(scaled: Sequence[float], levels: dict[str, Sequence[floa
         axes.set_yticks([])
         axes.spines[["top", "right", "left"]].set_visible(False)
     panels[0].set_title(title)
-    panels[-1].set_xlabel("weight over its block's absmax (grey: how many weights; lines: levels)")
+    panels[-1].set_xlabel("weight over its block's absmax")
     return figure
