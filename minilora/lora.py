@@ -47,7 +47,7 @@ def check_alpha(name: str, lora_alpha: float):
 class LoRAConfig:
     """Which layers get an adapter, and of what shape. Field names and meanings are PEFT's.
 
-    Raises ValueError for a rank, alpha or dropout out of range, naming the field.
+    Raises ValueError for a rank, alpha or dropout out of range and for an unknown start, naming the field.
     """
 
     r: int = 8  # rank of the update
@@ -58,6 +58,7 @@ class LoRAConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)  # name suffix or expression -> r for those layers
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # the same for lora_alpha
     use_dora: bool = False  # magnitude and direction apart (Liu 2024): adapters/dora.py
+    init_lora_weights: bool | str = True  # how A and B start (adapters/starts.py); True: A random, B zero
 
     def __post_init__(self):
         if not isinstance(self.target_modules, str):
@@ -67,6 +68,9 @@ class LoRAConfig:
             check_rank(f"rank_pattern[{key!r}]", r)
         for key, lora_alpha in self.alpha_pattern.items():
             check_alpha(f"alpha_pattern[{key!r}]", lora_alpha)
+        starts = True, "gaussian", "pissa", "olora", "eva"
+        if self.init_lora_weights not in starts:
+            raise ValueError(f"init_lora_weights is {self.init_lora_weights!r}; known are {starts}, and apply_loftq")
 
 
 def lora_scaling(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
@@ -133,7 +137,7 @@ class LowRankTerm(Function):
     def forward(ctx, base: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
         dropped = (x if mask is None else x * mask).reshape(-1, x.shape[-1]).to(base.dtype)  # (N, in)
         Ax = A.to(base.dtype) @ dropped.T  # (r, N)
-        ctx.save_for_backward(x, Ax, A, B, mask)
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, Ax, A, B, mask)  # A frozen: A x is enough
         ctx.scaling = scaling
         rows = base.reshape(-1, base.shape[-1])  # (N, out)
         return torch.addmm(rows, Ax.T, B.to(base.dtype).T, alpha=scaling).view_as(base)
@@ -144,21 +148,22 @@ class LowRankTerm(Function):
         x, Ax, A, B, mask = ctx.saved_tensors
         rows = g.reshape(-1, g.shape[-1])  # (N, out)
         h = ctx.scaling * B.to(g.dtype).T @ rows.T  # (r, N)
-        gx = None
+        gx = gA = None
         if ctx.needs_input_grad[1]:
-            gx = (h.T @ A.to(g.dtype)).view_as(x)
+            gx = (h.T @ A.to(g.dtype)).view(*g.shape[:-1], A.shape[1])
             gx = gx if mask is None else gx * mask
-        dropped = (x if mask is None else x * mask).reshape(-1, x.shape[-1]).to(g.dtype)  # (N, in)
-        gA = h @ dropped  # (r, N) (N, in)
+        if ctx.needs_input_grad[2]:
+            dropped = (x if mask is None else x * mask).reshape(-1, x.shape[-1]).to(g.dtype)  # (N, in)
+            gA = (h @ dropped).to(A.dtype)  # (r, N) (N, in)
         gB = ctx.scaling * (Ax @ rows).T  # ((r, N) (N, out))ᵀ
-        return g, gx, gA.to(A.dtype), gB.to(B.dtype), None, None
+        return g, gx, gA, gB.to(B.dtype), None, None
 
 
 class LoRALinear(nn.Module):
     """Wraps `base_layer`, anything with in_features, out_features and forward: x (..., in) -> (..., out).
 
     `lora_A` (r, in) and `lora_B` (out, r) are float32, also on a half-precision base, and float64 on a float64 one.
-    `enabled = False` gives the base layer's output, merged or not. `merge` needs an nn.Linear. Where the weight is
+    `enabled = False` gives the original layer's output, merged or not. `merge` needs an nn.Linear. Where the weight is
     formed for the step, base_layer.forward does not run: put hooks on the LoRALinear.
     """
 
@@ -176,16 +181,24 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # uniform within ±1/sqrt(in), as nn.Linear's own weight
         self.register_buffer("original_weight", None, persistent=False)  # W while merged: moves with the module
+        for name in ("start_A", "start_B"):  # A and B at the start, if `start_from` took them out of W
+            self.register_buffer(name, None)
+        self.original_mark: str | None = None  # what the base's fingerprint says of W, noted before that
         self.train(base_layer.training)  # put into a model in eval mode, it must not drop anything
 
     @property
     def merged(self) -> bool:
         return self.original_weight is not None
 
+    @property
+    def moved(self) -> bool:
+        return self.start_A is not None
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged and not self.enabled:
-            return F.linear(x, self.original_weight, self.base_layer.bias)
-        if self.merged or not self.enabled:
+        if not self.enabled:
+            y = F.linear(x, self.original_weight, self.base_layer.bias) if self.merged else self.base_layer(x)
+            return LowRankTerm.apply(y, x, self.start_A, self.start_B, self.scaling, None) if self.moved else y
+        if self.merged:
             return self.base_layer(x)
         dropping = self.training and self.lora_dropout > 0
         if not dropping and self.forming_pays(x):
@@ -198,14 +211,15 @@ class LoRALinear(nn.Module):
         return LowRankTerm.apply(self.base_layer(x), x, self.lora_A, self.lora_B, scaling, mask)
 
     def forming_pays(self, x: Tensor) -> bool:
-        """True where W + s·BA costs less than B(A x), and is exact, and W is frozen.
+        """True where W + s·BA costs less than B(A x), and is exact, and W is frozen, and A is not (x is kept anyway).
 
         Forming twice costs 2·r·in·out; it spares N·r·(in + out). So it pays from N = 2·in·out / (in + out) tokens:
         the layer's width. In half precision it never does: added to a bfloat16 weight, an update below 1/512
         of it would round away.
         """
         base, device = self.base_layer, x.device.type
-        if type(base) is not nn.Linear or any(parameter.requires_grad for parameter in base.parameters()):
+        frozen = not any(parameter.requires_grad for parameter in base.parameters())
+        if type(base) is not nn.Linear or not frozen or not self.lora_A.requires_grad:
             return False
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         same_dtype = x.dtype == base.weight.dtype == self.lora_A.dtype
@@ -214,10 +228,26 @@ class LoRALinear(nn.Module):
         tokens = x.numel() // self.in_features
         return tokens * (self.in_features + self.out_features) > 2 * self.in_features * self.out_features
 
+    def product(self, A: Tensor, B: Tensor) -> Tensor:
+        """s·BA, (out, in), in float32 at least."""
+        wide = torch.promote_types(A.dtype, torch.float32)
+        return self.scaling * B.to(wide) @ A.to(wide)
+
+    def update(self) -> Tensor:
+        """What `merge` adds to the base layer's weight: s·BA."""
+        return self.product(self.lora_A, self.lora_B)
+
     def delta_weight(self) -> Tensor:
-        """ΔW = s·BA, (out, in), in float32 at least."""
-        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
-        return self.scaling * self.lora_B.to(wide) @ self.lora_A.to(wide)
+        """ΔW, (out, in): what training did to W. That is s·BA, less what of it was W at the start."""
+        return self.update() - self.product(self.start_A, self.start_B) if self.moved else self.update()
+
+    @torch.no_grad()
+    def start_from(self, A: Tensor, B: Tensor):
+        """Starts at A (r, in), B (out, r) and takes them out of an nn.Linear's weight: W ← W - s·BA, rounded once."""
+        self.lora_A.copy_(A.float())  # to the digits that an adapter file holds: what is left of W makes up for it
+        self.lora_B.copy_(B.float())
+        self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+        self.base_layer.weight.copy_(self.base_layer.weight - self.product(self.start_A, self.start_B))
 
     @torch.no_grad()
     def merge(self):
@@ -231,7 +261,7 @@ class LoRALinear(nn.Module):
             raise ValueError(f"cannot merge into {type(self.base_layer).__name__}; only an nn.Linear can be added to")
         weight = self.base_layer.weight
         self.original_weight = weight.detach().clone()
-        weight.copy_(weight + self.delta_weight())  # type promotion makes the sum float32 or wider
+        weight.copy_(weight + self.update())  # type promotion makes the sum float32 or wider
 
     @torch.no_grad()
     def unmerge(self):

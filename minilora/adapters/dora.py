@@ -64,6 +64,11 @@ class DoRALinear(LoRALinear):
         self.register_buffer("squared_norms", squares, persistent=False)  # ‖W‖² by row
         self.lora_magnitude_vector = nn.Parameter(squares.sqrt())
 
+    def start_from(self, A: Tensor, B: Tensor):
+        """As in LoRALinear. W + s·BA is still the old W, so m stays; the norms of what is left of W are new."""
+        super().start_from(A, B)
+        self.squared_norms = self.float_weight().pow(2).sum(1)
+
     def float_weight(self) -> Tensor:
         """W (out, in), in A's dtype: float32 at least."""
         base, dtype = self.base_layer, self.lora_A.dtype
@@ -96,7 +101,7 @@ class DoRALinear(LoRALinear):
         dropped = base(x * mask / keep) - bias  # W x_d
         return y - dropped + g * LowRankTerm.apply(dropped, x, A, B, s / keep, mask)
 
-    def delta_weight(self) -> Tensor:
+    def update(self) -> Tensor:
         """g ⊙ (W + s·BA) - W, (out, in), in float32 at least."""
         W = self.float_weight()
-        return (self.lora_magnitude_vector / self.norms())[:, None] * (W + super().delta_weight()) - W
+        return (self.lora_magnitude_vector / self.norms())[:, None] * (W + super().update()) - W

@@ -5,16 +5,23 @@ The model is not rewritten and does not notice. `apply_lora` puts a `LoRALinear`
 wrapping: an optimizer that merely leaves out the base weights still has their gradients computed and held.
 """
 
-import copy
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from minilora.adapters.dora import DoRALinear
+from minilora.adapters.factors import (
+    STARTS_FROM_WEIGHT,
+    check_original_left,
+    check_own_weight,
+    plain_config,
+    start_layer,
+)
 from minilora.lora import LoRAConfig, LoRALinear, lora_scaling
 from minilora.quant import Linear4bit, put, quantized_layers
 
@@ -74,21 +81,42 @@ def make_layer(layer: nn.Module, name: str, config: LoRAConfig) -> LoRALinear:
     return kind(layer, r, alpha, config.lora_dropout, config.use_rslora)
 
 
-def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
-    """Wraps the layers that `config.target_modules` names and freezes everything else. Changes and returns the model.
-
-    Raises ValueError, before anything is changed, for a model that already has adapters, a target that matches
-    nothing, and a key of rank_pattern or alpha_pattern that matches none of the targets. Warns where r exceeds what
-    the layer can use.
-    """
+def check_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """The names of the layers that `apply_lora` will wrap. Raises ValueError where it does."""
     if any(lora_layers(model)):
         raise ValueError("the model already has LoRA layers; apply_lora works on a plain model")
-    layers = linear_layers(model)
-    targets = find_targets(list(layers), config.target_modules)
+    targets = find_targets(list(linear_layers(model)), config.target_modules)
     for pattern in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, pattern):
             if not any(re.match(rf"(.*\.)?({key})$", name) for name in targets):
                 raise ValueError(f"{pattern} key {key!r} matches none of the layers that get an adapter")
+    return targets
+
+
+def weight_users(model: nn.Module) -> dict[int, list[str]]:
+    """By the id of each parameter, the names of the modules that hold it: more than one for a tied head."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(name)
+    return users
+
+
+def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
+    """Wraps the layers that `config.target_modules` names and freezes everything else. Changes and returns the model.
+
+    Raises ValueError, before anything is changed, for a model that already has adapters, a target that matches
+    nothing, a key of rank_pattern or alpha_pattern that matches none of the targets, and for pissa and olora a layer
+    that has no W of its own to take a part from. Warns where r exceeds what the layer can use.
+
+    pissa and olora change the base: see `factors.start_layer`.
+    """
+    targets = check_targets(model, config)
+    layers, users = linear_layers(model), weight_users(model)
+    if config.init_lora_weights in STARTS_FROM_WEIGHT:
+        for name in targets:
+            r = pattern_value(config.rank_pattern, name, config.r)
+            check_own_weight(name, layers[name], users, r, config.init_lora_weights)
 
     model.requires_grad_(False)
     for name in targets:
@@ -98,7 +126,9 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
             warnings.warn(
                 f"r={r} exceeds the full rank {full} of {name}: more parameters, no more freedom", stacklevel=2
             )
-        put(model, name, make_layer(layer, name, config))
+        wrapped = make_layer(layer, name, config)
+        start_layer(wrapped, config.init_lora_weights)
+        put(model, name, wrapped)
     model.lora_config = config
     return model
 
@@ -115,10 +145,7 @@ def merge_lora(model: nn.Module):
                 f"cannot merge into {name}: it is in 4 bits, and rounding W + ΔW to 4 bits again would change what was "
                 "trained; dequantize_model(model) first, and merge into the float weights"
             )
-    users: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            users.setdefault(id(parameter), []).append(name)
+    users = weight_users(model)
     for name, layer in lora_layers(model):
         shared = [
             user
@@ -179,14 +206,22 @@ class Adapter:
 
 
 def extract_adapter(model: nn.Module) -> Adapter:
-    """A copy of the model's adapter. Raises ValueError for a model that has none."""
-    adapter = Adapter(copy.deepcopy(getattr(model, "lora_config", None)), {}, {})
-    for name, layer in lora_layers(model):
-        adapter.A[name], adapter.B[name] = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
+    """A copy of the model's adapter, plain: one for the base as it was before `apply_lora`, however it started.
+
+    PiSSA's and OLoRA's is ΔW = s·(BA - B₀A₀) = s·[B | -B₀]·[A ; A₀], of twice the rank. Raises ValueError for a model
+    that has no adapter, and for one that was put into 4 bits after such a start: no base before it fits.
+    """
+    layers = dict(lora_layers(model))
+    if not layers:
+        raise ValueError("the model has no LoRA layers; apply_lora(model, config) puts them in")
+    check_original_left(layers)
+    adapter = Adapter(plain_config(model.lora_config), {}, {})
+    for name, layer in layers.items():
+        A, B = layer.lora_A.detach(), layer.lora_B.detach()
+        adapter.A[name] = torch.cat([A, layer.start_A]) if layer.moved else A.clone()  # (2r, in)
+        adapter.B[name] = torch.cat([B, -layer.start_B], 1) if layer.moved else B.clone()  # (out, 2r)
         if isinstance(layer, DoRALinear):
             adapter.magnitude[name] = layer.lora_magnitude_vector.detach().clone()
-    if not adapter.A:
-        raise ValueError("the model has no LoRA layers; apply_lora(model, config) puts them in")
     return adapter
 
 
@@ -206,11 +241,19 @@ def apply_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
 
 
 def remove_lora(model: nn.Module):
-    """Takes the LoRA layers out again: the plain model, frozen as it was. Raises ValueError while they are merged."""
+    """Takes the LoRA layers out again: the plain model, frozen as it was. Raises ValueError while they are merged.
+
+    What pissa or olora took out of a weight is added again. That gives W up to rounding, not bit for bit: keeping W
+    would have cost what the base does. For the very bits, load the base again.
+    """
     layers = dict(lora_layers(model))
     if any(layer.merged for layer in layers.values()):
         raise ValueError("the LoRA layers are merged; unmerge_lora(model) before taking them out")
+    check_original_left(layers)
     for name, layer in layers.items():
+        if layer.moved:
+            weight = layer.base_layer.weight.data
+            weight.copy_(weight + layer.product(layer.start_A, layer.start_B))
         put(model, name, layer.base_layer)
     vars(model).pop("lora_config", None)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from minilora.adapters.inject import Adapter, apply_adapter, apply_lora, lora_layers
+from minilora.adapters.inject import Adapter, apply_adapter, apply_lora, extract_adapter, lora_layers
 from minilora.lora import LoRAConfig
 from minilora.model import GPT
 from minilora.quant import check_settings, quantized_layers
@@ -33,7 +33,6 @@ FIXED = {
     "inference_mode": True,
     "bias": "none",
     "fan_in_fan_out": False,
-    "init_lora_weights": True,
     "modules_to_save": None,
 }
 # Fields that say where an adapter comes from and how it began, not what it computes.
@@ -49,18 +48,16 @@ TYPES |= {"use_rslora": bool, "use_dora": bool, "rank_pattern": dict, "alpha_pat
 def save_adapter(model: GPT, directory: str | Path):
     """Writes the model's LoRA layers, merged or not: A (r, in) and B (out, r) in float32, as PEFT does.
 
-    Raises ValueError for a model without LoRA layers and for a folder that cannot be written.
+    The file holds plain LoRA on the base as it was before `apply_lora`; after a start from PiSSA or OLoRA, at twice
+    the rank. Raises ValueError for what `extract_adapter` refuses and for a folder that cannot be written.
     """
-    tensors = {}
-    for name, layer in lora_layers(model):
-        for matrix, parameter in layer.named_parameters(recurse=False):
-            tensors[_tensor_name(name, matrix)] = parameter.float()
-    if not tensors:
-        raise ValueError("the model has no LoRA layers to save; apply_lora(model, config) puts them in")
+    adapter = extract_adapter(model)
+    parts = {"lora_A": adapter.A, "lora_B": adapter.B, "lora_magnitude_vector": adapter.magnitude}
+    tensors = {_tensor_name(name, part): tensor.float() for part in parts for name, tensor in parts[part].items()}
     metadata = {"format": "pt", FINGERPRINT: fingerprint(model)}
     if quantization := quantization_of(model):
         metadata[QUANTIZATION] = json.dumps(quantization)
-    write_pair(Path(directory), WEIGHTS, tensors, metadata, CONFIG, {**FIXED, **asdict(model.lora_config)})
+    write_pair(Path(directory), WEIGHTS, tensors, metadata, CONFIG, {**FIXED, **asdict(adapter.config)})
 
 
 def quantization_of(model: GPT) -> dict | None:
@@ -98,6 +95,11 @@ def load_adapter(model: GPT, directory: str | Path, force: bool = False) -> GPT:
     _check_same_config(model.lora_config, _read_config(directory / CONFIG), directory)
     if any(layer.merged for layer in layers.values()):
         raise ValueError("the model's LoRA layers are merged; unmerge_lora(model) before loading an adapter")
+    if any(layer.moved for layer in layers.values()):
+        raise ValueError(
+            f"the model's LoRA layers start from {model.lora_config.init_lora_weights}, which changed the base; "
+            "load the adapter onto the plain model"
+        )
     adapter = read_adapter(model, directory, force)
     for name, layer in layers.items():
         adapter.fill(name, layer)
@@ -164,7 +166,7 @@ def _read_config(path: Path) -> LoRAConfig:
     start = settings.get("init_lora_weights", True)
     if start not in PLAIN_STARTS:
         raise ValueError(f"{path} has init_lora_weights {start!r}, which fits a changed base; export it as plain LoRA")
-    known = {field.name for field in fields(LoRAConfig)}
+    known = {field.name for field in fields(LoRAConfig)} - IGNORED
     # A field that we lack may stand in the file as long as it is off: then it changes nothing.
     foreign = {key: value for key, value in settings.items() if key not in known | IGNORED}
     on = [f"{key} {value!r}" for key, value in foreign.items() if value and value != FIXED.get(key)]
@@ -184,13 +186,13 @@ def _read_config(path: Path) -> LoRAConfig:
 
 
 def _check_same_config(present: LoRAConfig, stored: LoRAConfig, directory: Path):
-    """Everything but dropout must agree; it acts in training only, and the model's own stays."""
+    """All must agree but dropout, which acts in training only, and the start, which is past; the model's own stay."""
     differing = []
     for field in fields(LoRAConfig):
         ours, theirs = getattr(present, field.name), getattr(stored, field.name)
         if isinstance(ours, list) and isinstance(theirs, list):  # target_modules is a set: its order means nothing
             ours, theirs = sorted(set(ours)), sorted(set(theirs))
-        if ours != theirs and field.name != "lora_dropout":
+        if ours != theirs and field.name not in ("lora_dropout", "init_lora_weights"):
             differing.append(f"{field.name} ({ours!r} in the model, {theirs!r} in the file)")
     if differing:
         raise ValueError(f"{directory} has another config than the model's LoRA layers: {', '.join(differing)}")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from minilora.adapters.factors import weight_mark
 from minilora.adapters.inject import lora_layers
 from minilora.model import GPT, GPTConfig
 from minilora.quant import Linear4bit, float_linears, put, quantize, quantized_layers
@@ -154,11 +154,10 @@ def fingerprint(model: GPT) -> str:
     in all weights at once. A float32 file loaded as float16 is rounded twice and counts as another base.
     """
     digest = hashlib.sha256()
+    # Where a start moved a part of W into the adapter (PiSSA), W itself is gone, but was marked before.
+    marks = {f"{name}.weight": layer.original_mark for name, layer in lora_layers(model)}
     for name, weight in sorted(base_weights(model, original=True).items()):
-        values = weight.detach().to(torch.bfloat16).flatten()
-        total = F.pad(values, (0, -len(values) % 4)).view(torch.int64).sum().item()
-        sample = values[:: max(1, len(values) // 4096)].view(torch.int16).tolist()
-        digest.update(f"{name} {tuple(weight.shape)} {total} {sample}\n".encode())
+        digest.update(f"{name} {marks.get(name) or weight_mark(weight)}\n".encode())
     return digest.hexdigest()
 
 
