@@ -14,6 +14,8 @@ from minilora.adapters.inject import (
     print_trainable_parameters,
     unmerge_lora,
 )
+from minilora.adapters.prompts import PrefixTuning, SoftPrompt
+from minilora.adapters.starts import apply_loftq, eva_start, freeze_A
 from minilora.adapters.variants import loraplus_groups
 from minilora.experiments.simulate import MemoryReport, simulate
 from minilora.inference.bank import AdapterBank
@@ -23,6 +25,7 @@ from minilora.memory import MemoryMeter
 from minilora.model import GPT, GPTConfig
 from minilora.storage.adapters import load_adapter, save_adapter
 from minilora.storage.models import load_model, save_model
+from minilora.storage.prompts import load_prompt, save_prompt
 from minilora.text.tokenizer import Tokenizer
 from minilora.train import TrainConfig, train
 
@@ -34,21 +37,28 @@ __all__ = [
     "LoRALinear",
     "MemoryMeter",
     "MemoryReport",
+    "PrefixTuning",
+    "SoftPrompt",
     "Tokenizer",
     "TrainConfig",
     "adapter_parameters",
+    "apply_loftq",
     "apply_lora",
     "count_parameters",
     "disable_lora",
+    "eva_start",
+    "freeze_A",
     "generate",
     "load_adapter",
     "load_model",
+    "load_prompt",
     "lora_layers",
     "loraplus_groups",
     "merge_lora",
     "print_trainable_parameters",
     "save_adapter",
     "save_model",
+    "save_prompt",
     "simulate",
     "train",
     "unmerge_lora",

@@ -104,23 +104,18 @@ class KVCache:
     """Keys and values of the tokens already seen, per layer (B, K, S, D), so that each new token is computed once.
 
     It grows by concatenation, which keeps autograd intact: a trained prefix is simply a cache that does not start
-    empty. `padding` (B,) counts the pad tokens at the left of each row, for prompts of different lengths."""
+    empty. `padding` (B,) counts the pad tokens of each row, for prompts of different lengths. They stand behind the
+    columns that the cache starts with, which every row sees:   [ front | padding | tokens ]"""
 
-    def __init__(self, padding: Tensor | None = None):
-        self.layers, self.padding = {}, padding
+    def __init__(self, padding: Tensor | None = None, layers: dict[int, tuple[Tensor, Tensor]] | None = None):
+        self.padding, self.layers = padding, layers or {}
+        self.front = len(self)
 
     def __len__(self) -> int:
         return self.layers[0][0].shape[2] if self.layers else 0
 
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends keys and values (B, K, T, D) of the new tokens; returns those of all tokens (B, K, S, D)."""
-        if layer in self.layers:
-            keys, values = (torch.cat(pair, dim=2) for pair in zip(self.layers[layer], (keys, values), strict=True))
-        self.layers[layer] = keys, values
-        return keys, values
 
-
-def attention_mask(new: int, past: int, padding: Tensor | None, device) -> Tensor | None:
+def attention_mask(new: int, past: int, padding: Tensor | None, device, front: int = 0) -> Tensor | None:
     """True where a query may look, (B or 1, 1, T, S); None where plain causal attention says it all."""
     if padding is None and (past == 0 or new == 1):
         return None
@@ -128,34 +123,38 @@ def attention_mask(new: int, past: int, padding: Tensor | None, device) -> Tenso
     query = torch.arange(past, past + new, device=device)[:, None]
     mask = (key <= query)[None, None]  # (1, 1, T, S)
     if padding is not None:
-        real = key >= padding[:, None]  # (B, S)
+        real = (key < front) | (key >= front + padding[:, None])  # (B, S)
         mask = mask & real[:, None, None] | (key == query)  # a pad token sees itself: no row is empty, no NaN
     return mask
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions: softmax(q kᵀ / sqrt(D)) v, each k and v shared by H/K queries."""
+    """Grouped-query attention with rotary positions: softmax(q kᵀ / sqrt(D)) v, each k and v shared by H/K queries.
 
-    def __init__(self, config: GPTConfig, layer: int):
+    `past`: keys and values (B, K, S - T, D) of what came before. Returns y (B, T, C) and those of all tokens. Nothing
+    is kept here: under gradient checkpointing it runs twice, and must find the same past both times."""
+
+    def __init__(self, config: GPTConfig):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.head_dim = config.head_dim
         C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.q_proj = nn.Linear(C, H * D, bias=config.attention_bias)
         self.k_proj = nn.Linear(C, K * D, bias=config.attention_bias)
         self.v_proj = nn.Linear(C, K * D, bias=config.attention_bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None = None, past: tuple | None = None):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
+        if past is not None:
+            k = torch.cat([past[0].to(k.dtype), k], dim=2)  # (B, K, S, D)
+            v = torch.cat([past[1].to(v.dtype), v], dim=2)  # (B, K, S, D)
         causal, grouped = mask is None and T > 1, q.shape[1] != k.shape[1]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, D) -> (B, T, H·D) -> (B, T, C)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), (k, v)  # (B, H, T, D) -> (B, T, H·D) -> (B, T, C)
 
 
 class MLP(nn.Module):
@@ -175,16 +174,17 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention, then the MLP, each on a normalised copy and added back to the residual stream."""
 
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None = None, past: tuple | None = None):
+        y, seen = self.self_attn(self.input_layernorm(x), rotary, mask, past)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), seen
 
 
 class Decoder(nn.Module):
@@ -194,23 +194,27 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([Block(config, layer) for layer in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([Block(config) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False  # True: keep only each block's input, compute the rest again in backward
 
     def forward(self, input_ids: Tensor | None, cache: KVCache | None = None, inputs_embeds: Tensor | None = None):
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
-        T, past, padding = x.shape[1], 0 if cache is None else len(cache), None if cache is None else cache.padding
+        T, (past, padding, front) = x.shape[1], (0, None, 0)
+        if cache is not None:
+            past, padding, front = len(cache), cache.padding, cache.front
         if past + T > (limit := self.config.max_position_embeddings):
             raise ValueError(f"a sequence of {past + T} tokens is longer than the model's {limit}")
         positions = torch.arange(past, past + T, device=x.device)[None]  # (1, T)
         if padding is not None:
-            positions = (positions - padding[:, None]).clamp(min=0)  # (B, T): a row's first real token is at 0
+            positions = (positions - padding[:, None]).clamp(min=0)  # (B, T): a row's first real token is at `front`
         rotary = rotary_cos_sin(self.config, positions)
-        mask = attention_mask(T, past, padding, x.device)
-        for layer in self.layers:
+        mask = attention_mask(T, past, padding, x.device, front)
+        for number, layer in enumerate(self.layers):
             run = partial(checkpoint, layer, use_reentrant=False) if self.gradient_checkpointing else layer
-            x = run(x, rotary, mask, cache)
+            x, seen = run(x, rotary, mask, None if cache is None else cache.layers.get(number))
+            if cache is not None:
+                cache.layers[number] = seen
         return self.norm(x)
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -247,3 +251,7 @@ class GPT(nn.Module):
 
     def forward(self, input_ids: Tensor | None, cache: KVCache | None = None, inputs_embeds: Tensor | None = None):
         return self.lm_head(self.model(input_ids, cache, inputs_embeds))
+
+    def new_cache(self, rows: int, padding: Tensor | None = None) -> KVCache:
+        """What `rows` rows start from: nothing here; what stands in front of a model puts its own keys into it."""
+        return KVCache(padding)

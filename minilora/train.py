@@ -11,6 +11,7 @@ stopped, and nothing needs to be replayed.
 import math
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -179,9 +180,11 @@ def summed_loss(model: nn.Module, input_ids: Tensor, targets: Tensor, precision:
     """
     bfloat16 = uses_bfloat16(precision, input_ids.device)
     with torch.autocast(input_ids.device.type, torch.bfloat16) if bfloat16 else nullcontext():
-        logits = model(input_ids)  # (B, T, V)
+        logits = model(input_ids)  # (B, T, V), or (B, n + T, V)
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
+    # A model may put positions of its own in front (a soft prompt does): those predict nothing that counts.
+    targets = F.pad(targets, (max(0, logits.shape[1] - targets.shape[1]), 0), value=IGNORE)  # (B, n + T)
     # The targets were shifted, not the logits: these are the largest tensor of all, and a slice would copy them.
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
@@ -267,6 +270,7 @@ def train(
     description: str = "train",
     progress: bool = True,
     settings: dict | None = None,
+    after_step: Callable[[int, Optimizer], None] | None = None,
 ) -> History:
     """Trains, in place, whatever has `requires_grad`; returns the losses and times.
 
@@ -276,6 +280,8 @@ def train(
     state_path: where to save every `save_every` steps and at the end; with resume, what is there is continued (if
     nothing is there yet, the run begins at the beginning). settings: whatever else must be the same for a resumed
     run (the adapter's config, say); it is stored in the state and compared.
+    after_step: called after every optimizer step with the number of steps done and the optimizer. What it decides must
+    follow from these, the model and the seed, or a resumed run is another one.
 
     The model comes back in eval mode. Seeds torch's generator. The same seed gives the same weights bit for bit on a
     CPU; on CUDA some kernels add in an order of their own. Raises NonFiniteError (a ValueError) when the loss or the
@@ -326,13 +332,15 @@ def train(
                 f"learning rate below {config.learning_rate:g}, a longer warm-up, or precision float32"
             )
         apply_gradients(optimizer)
+        done = step + 1
+        if after_step is not None:
+            after_step(done, optimizer)
 
         seconds = time.perf_counter() - began
         history.train_loss.append([step, loss])
         history.step_seconds.append(seconds)
         history.tokens += input_ids.numel()
         bar.set_postfix_str(f"loss {loss:.3f}, {input_ids.numel() / seconds:,.0f} tokens/s", refresh=False)
-        done = step + 1
         if due(done, config.eval_every):
             evaluate(done)
         if state_path is not None and due(done, config.save_every):

@@ -185,11 +185,11 @@ def test_rotary_scores_depend_on_distance_only():
 def test_attention_is_the_same_wherever_the_sequence_starts():
     torch.manual_seed(0)
     config = GPTConfig(**SHAPE)
-    attention, x = Attention(config, layer=0).double(), torch.randn(1, 9, 24).double() * 3
+    attention, x = Attention(config).double(), torch.randn(1, 9, 24).double() * 3
     positions = torch.arange(9)[None]
-    here = attention(x, rotary_cos_sin(config, positions), None, None)
-    there = attention(x, rotary_cos_sin(config, positions + 20), None, None)
-    stretched = attention(x, rotary_cos_sin(config, positions * 2), None, None)
+    here, _ = attention(x, rotary_cos_sin(config, positions))
+    there, _ = attention(x, rotary_cos_sin(config, positions + 20))
+    stretched, _ = attention(x, rotary_cos_sin(config, positions * 2))
     assert_close(there, here, 1e-5, "attention 20 positions further on")
     assert (stretched - here).abs().max() > 1e-3, "doubled distances must change attention"
 

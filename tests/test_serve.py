@@ -159,7 +159,7 @@ def test_bad_input_is_named_before_anything_runs(bank, monkeypatch, request_, se
 def random_cache(lengths: list[int], columns: int) -> KVCache:
     cache = KVCache(columns - torch.tensor(lengths))
     for layer in range(2):
-        cache.update(layer, *torch.randn(2, len(lengths), 2, columns, 3, generator=RANDOM))
+        cache.layers[layer] = tuple(torch.randn(2, len(lengths), 2, columns, 3, generator=RANDOM))
     return cache
 
 

@@ -9,7 +9,8 @@ Prompts of different lengths share a batch by padding on the left, so that every
     v w x y z | p q        row 1: no padding, a prompt of five
 
 The cache knows how many pad tokens each row has; attention never looks at them and positions do not count them, so
-a row's logits are those of the row on its own.
+a row's logits are those of the row on its own. The model makes the cache, and may have something stand in it already: a
+soft prompt or a prefix, which every row sees.
 
 Letters in the shape comments: B batch, T tokens, V vocab_size.
 """
@@ -19,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from minilora.model import GPT, KVCache
+from minilora.model import GPT
 
 
 def generate(
@@ -39,6 +40,8 @@ def generate(
     stops at `eos_id`. Each row draws from its own generator, seeded by `seed` and the row's place in the batch: the
     same prompt twice gives two samples, and what a row draws does not depend on which rows stand beside it.
 
+    model: a GPT, or one behind a SoftPrompt or a PrefixTuning, whose tokens count among the model's positions.
+
     Raises ValueError for an empty prompt, an id outside the vocabulary, more tokens than the model's positions, or a
     sampling setting out of range.
     """
@@ -47,7 +50,6 @@ def generate(
         return []
     device = model.model.embed_tokens.weight.device
     ids, padding = left_pad(prompts, device)  # (B, T), (B,)
-    cache = KVCache(padding if padding.any() else None)
     generators = row_generators(len(prompts), seed)
 
     continuations = [[] for _ in prompts]
@@ -56,6 +58,7 @@ def generate(
     model.eval()
     try:
         with torch.no_grad():
+            cache = model.new_cache(len(prompts), padding if padding.any() else None)
             for _ in range(max_new_tokens):
                 hidden = model.model(ids, cache)  # (B, T, C)
                 logits = model.lm_head(hidden[:, -1])  # (B, V): only the last position predicts something new
