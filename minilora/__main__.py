@@ -15,8 +15,6 @@ from minilora.experiments.compare import compare as compare_methods
 from minilora.experiments.compare import tune
 from minilora.experiments.finetune import (
     BASE,
-    METHODS,
-    QUANTIZATION,
     Base,
     copy_tokenizer,
     open_base,
@@ -25,8 +23,10 @@ from minilora.experiments.finetune import (
 )
 from minilora.experiments.finetune import finetune as finetune_method
 from minilora.experiments.merge import merge_adapter
+from minilora.experiments.methods import DEFAULT_METHODS, METHODS, Extras
 from minilora.experiments.pretrain import pretrain as pretrain_base
-from minilora.experiments.simulate import DTYPES, simulate
+from minilora.experiments.simulate import DTYPES, QUANTIZATION, simulate
+from minilora.experiments.simulate import METHODS as SIMULATED
 from minilora.inference.evaluate import evaluate_world, score_task
 from minilora.inference.generate import generate as generate_tokens
 from minilora.levels import LEVELS
@@ -36,6 +36,8 @@ from minilora.presets import PRESETS
 from minilora.storage.adapters import base_quantization, load_adapter
 from minilora.storage.config import load_config
 from minilora.storage.files import make_folder
+from minilora.storage.prompts import METHODS as PROMPTS
+from minilora.storage.prompts import load_prompt, method_of
 from minilora.text.datasets import PYTHON_CODE, load_dataset
 from minilora.text.tasks import TASKS
 
@@ -69,6 +71,10 @@ def quantization_of(options) -> dict:
     return {"scheme": options.scheme, "block_size": options.block_size, "double_quant": options.double_quant}
 
 
+def extras_of(options) -> Extras:
+    return Extras(options.virtual_tokens, options.loraplus_ratio)
+
+
 def base_of(options) -> Base:
     return open_base(options.base, device_of(options))
 
@@ -78,24 +84,19 @@ def dataset_of(options, base: Base):
 
 
 def compare(options):
-    """Full fine-tuning, LoRA and QLoRA from the same base on the same data: a table, figures and results.json."""
+    """Several methods (full,lora,qlora) from the same base on the same data: a table, figures and results.json."""
     base = base_of(options)
     dataset = dataset_of(options, base)
     lora, methods = lora_of(options), options.methods.split(",")
-    unknown = [method for method in methods if method not in METHODS]
-    if unknown:
-        raise ValueError(f"unknown method {unknown[0]!r}; known: {', '.join(METHODS)}")
-    quantization = quantization_of(options)
+    how = quantization_of(options), extras_of(options)
     if options.tune:
-        tuned = tune(base, dataset, methods, lora, options.steps, options.batch_size, quantization)
+        tuned = tune(base, dataset, methods, lora, options.steps, options.batch_size, *how)
         for method, choice in tuned.items():
             print(method, choice)
         return
     seeds = [options.seed + number for number in range(options.seeds)]
     rates = {method: options.learning_rate for method in methods} if options.learning_rate else None
-    compare_methods(
-        base, dataset, methods, lora, options.steps, options.batch_size, seeds, options.out, rates, quantization
-    )
+    compare_methods(base, dataset, methods, lora, options.steps, options.batch_size, seeds, options.out, rates, *how)
     print(f"\nfigures, results.json and what was trained are in {options.out}")
 
 
@@ -121,8 +122,8 @@ def finetune(options):
         precision=options.precision,
         save_every=options.save_every,
     )
-    lora, quantization = lora_of(options), quantization_of(options)
-    summary = finetune_method(base, dataset, options.method, lora, config, options.out, quantization, options.resume)
+    lora, how = lora_of(options), (quantization_of(options), extras_of(options))
+    summary = finetune_method(base, dataset, options.method, lora, config, options.out, *how, options.resume)
     for name, value in summary.items():
         print(f"{name:<22}{value}")
 
@@ -166,6 +167,10 @@ def memory(options):
 
 def merge(options):
     """An adapter into its base, written as a plain model folder."""
+    if method_of(options.adapter) in PROMPTS:
+        raise ValueError(
+            f"{options.adapter} holds a prompt, which is input and no change of a weight: nothing to merge"
+        )
     base = base_of(options)
     make_folder(options.out)
     report = merge_adapter(load_with_adapter(base, options), options.out)
@@ -198,7 +203,10 @@ def load_with_adapter(base: Base, options) -> GPT:
         model = base.load(base_quantization(options.adapter) if options.adapter else None)
     else:
         model = base.load(None if options.quantize == "none" else QUANTIZATION | {"scheme": options.quantize})
-    return load_adapter(model, options.adapter, options.force) if options.adapter else model
+    if not options.adapter:
+        return model
+    load = load_prompt if method_of(options.adapter) in PROMPTS else load_adapter
+    return load(model, options.adapter, options.force)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -240,6 +248,10 @@ def build_parser() -> argparse.ArgumentParser:
         added.add_argument("--learning-rate", type=float, help="instead of the tuned one")
         added.add_argument("--alpha", type=float, help="lora_alpha (twice the rank)")
         added.add_argument("--dropout", type=float, default=0.0, help="lora_dropout")
+        added.add_argument(
+            "--virtual-tokens", type=int, default=Extras.virtual_tokens, help="of soft-prompt and prefix"
+        )
+        added.add_argument("--loraplus-ratio", type=float, default=Extras.loraplus_ratio, help="B's rate over A's")
 
     for function in (compare, finetune):
         added = verb(function)
@@ -249,7 +261,7 @@ def build_parser() -> argparse.ArgumentParser:
         quantization_options(added)
         added.add_argument("--out", type=Path, default=Path("runs") / function.__name__)
         if function is compare:
-            added.add_argument("--methods", default=",".join(METHODS))
+            added.add_argument("--methods", default=",".join(DEFAULT_METHODS), help=f"of {', '.join(METHODS)}")
             added.add_argument("--seeds", type=int, default=1, help="how many seeds, counted up from --seed")
             added.add_argument("--tune", action="store_true", help="choose learning rates on the grid and store them")
         else:
@@ -279,7 +291,7 @@ def build_parser() -> argparse.ArgumentParser:
     quantization_options(added)
     added.add_argument("--model", choices=PRESETS, default="llama-2-7b")
     added.add_argument("--base", type=Path, help="a model folder in Llama layout instead; only its config.json is read")
-    added.add_argument("--method", choices=METHODS, default="lora")
+    added.add_argument("--method", choices=SIMULATED, default="lora")
     added.add_argument("--batch-size", type=int, default=1)
     added.add_argument("--sequence-length", type=int, default=2048)
     added.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights")

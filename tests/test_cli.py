@@ -153,6 +153,35 @@ def test_a_base_in_4_bits_on_disk(tiny, text, tmp_path, capsys):
     assert main(["evaluate", "--base", str(tiny), "--quantize", "nf4", "--count", "2"]) == 0
 
 
+@pytest.mark.parametrize("method", ["soft-prompt", "prefix"])
+def test_a_prompt_from_training_to_text(tiny, text, tmp_path, capsys, method):
+    """It changes what the base says, weighs a few kilobytes, is refused on another base, and cannot be merged."""
+    common = ["--base", tiny, "--data", text, "--sequence-length", 32, "--method", method, "--virtual-tokens", 3]
+    far = ["--learning-rate", "1", "--steps", "20"]  # until it shows
+    assert main(["finetune", *small(*common, "--out", tmp_path), *far]) == 0
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size < 4096
+    said = []
+    for more in ([], ["--adapter", str(tmp_path)]):
+        capsys.readouterr()
+        ask = ["generate", "--base", str(tiny), "The quick brown", "--temperature", "1", "--max-new-tokens", "40"]
+        assert main([*ask, *more]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] != said[1], "the prompt changes nothing"
+    fails(capsys, ["generate", "--base", BASE, "--adapter", tmp_path, "Hello"], tmp_path)
+    fails(capsys, ["merge", "--base", tiny, "--adapter", tmp_path, "--out", tmp_path / "merged"], "nothing to merge")
+    assert not (tmp_path / "merged").exists()
+    fails(capsys, ["finetune", *common[:-1], 200, "--out", tmp_path / "other"], "200", "160")
+
+
+def test_compare_takes_every_method(tiny, text, tmp_path, capsys):
+    methods = "lora,dora,adalora,pissa,soft-prompt,prefix"
+    arguments = small("--base", tiny, "--data", text, "--sequence-length", 32, "--out", tmp_path, "--methods", methods)
+    assert main(arguments) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert [row["method"] for row in rows] == methods.split(",")
+    assert (tmp_path / "tradeoff.png").exists()
+
+
 def test_the_size_of_the_artifact_is_that_of_its_files(tiny, text, tmp_path, capsys):
     """The state of the unfinished run, which lies beside it until the end, is not the artifact."""
     assert main(["finetune", *small("--base", tiny, "--data", text, "--sequence-length", 32, "--out", tmp_path)]) == 0

@@ -9,6 +9,7 @@ import math
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from minilora.adapters.inject import count_parameters
 from minilora.experiments import plots
 from minilora.experiments.finetune import (
     LEARNING_RATES,
-    QUANTIZATION,
     Base,
     Run,
     adapter_settings,
@@ -27,6 +27,8 @@ from minilora.experiments.finetune import (
     run_config,
     tuned_learning_rate,
 )
+from minilora.experiments.methods import Extras, check_methods
+from minilora.experiments.simulate import QUANTIZATION
 from minilora.inference.evaluate import Scored, score_task
 from minilora.inference.generate import generate
 from minilora.lora import LoRAConfig
@@ -37,9 +39,10 @@ from minilora.storage.files import make_folder, read_json, write_json
 from minilora.text.datasets import Dataset
 from minilora.train import NonFiniteError, batch_rows, make_optimizer, set_gradient_checkpointing, training_step
 
-# Each about three times the one before. LoRA's best rate is known to lie about ten times above full fine-tuning's.
-GRIDS = {"full": [3e-4, 1e-3, 3e-3, 1e-2], "lora": [1e-3, 3e-3, 1e-2, 3e-2]}
-GRIDS["qlora"] = GRIDS["lora"]
+# Each about three times the one before; where the best is the first or the last, `tune` goes on. LoRA's best rate is
+# known to lie about ten times above full fine-tuning's; trained embeddings and keys want far larger steps still.
+GRIDS = {"full": [1e-3, 3e-3, 1e-2], "lora": [3e-3, 1e-2, 3e-2], "prompt": [3e-2, 1e-1, 3e-1]}
+GRID_OF = {"full": "full", "lora+": "full", "pissa": "full", "soft-prompt": "prompt", "prefix": "prompt"}  # else lora's
 TUNING_SEED = 1000  # not one of the seeds that are compared
 TIMING_ROUNDS = 8
 
@@ -55,12 +58,14 @@ def compare(
     out: Path,
     learning_rates: dict[str, float] | None = None,
     quantization: dict = QUANTIZATION,
+    extras: Extras | None = None,
     progress: bool = True,
 ) -> dict:
     """Runs every method with every seed; writes figures, artifacts and results.json to `out`; returns the results.
 
     learning_rates: by method, in place of the tuned ones. quantization: qlora's, as arguments of quantize_model.
     """
+    check_methods(methods)
     make_folder(out)
     given = learning_rates or {}
     rates = {method: given.get(method) or tuned_learning_rate(dataset.name, method) for method in methods}
@@ -70,7 +75,7 @@ def compare(
         for seed in seeds:
             began = time.perf_counter()
             config = run_config(steps, rates[method], batch_size, seed)
-            done = run(base, dataset, method, lora, config, quantization, progress=progress)
+            done = run(base, dataset, method, lora, config, quantization, extras, progress=progress)
             wall_seconds = time.perf_counter() - began
             rows.append(describe(done, base, dataset, out / f"{method}-seed{seed}", wall_seconds))
             if seed == seeds[0]:
@@ -187,10 +192,20 @@ def sample(model, base: Base, dataset: Dataset) -> Scored | list[str]:
 
 
 def table(results: dict) -> str:
-    """One column for each method; with several seeds, means, and ± half the distance from lowest to highest."""
-    methods = list(dict.fromkeys(row["method"] for row in results["runs"]))
-    columns = {method: [row for row in results["runs"] if row["method"] == method] for method in methods}
-    floor, first = results["loss_floor"], methods[0]
+    """One column for each method, five beside each other; with several seeds, means, and ± half the distance from
+    lowest to highest."""
+    columns, width = plots.methods_of(results), 5
+    methods = list(columns)
+    head = (
+        f"{results['task']} from {results['base']}, seeds {', '.join(map(str, results['seeds']))}, "
+        f"{results['environment']['device']}, torch {results['environment']['torch']}"
+    )
+    blocks = [methods[start : start + width] for start in range(0, len(methods), width)]
+    return "\n\n".join([head, *(_block(results, columns, block, methods[0]) for block in blocks)])
+
+
+def _block(results: dict, columns: dict[str, list[dict]], methods: list[str], first: str) -> str:
+    floor = results["loss_floor"]
 
     def line(name: str, cell) -> str:
         return f"{name:<34}" + "".join(f"{cell(columns[method]):>18}" for method in methods)
@@ -204,9 +219,6 @@ def table(results: dict) -> str:
         return f"{rows[0]['trainable_parameters'] / rows[0]['total_parameters']:.2%}"
 
     lines = [
-        f"{results['task']} from {results['base']}, seeds {', '.join(map(str, results['seeds']))}, "
-        f"{results['environment']['device']}, torch {results['environment']['torch']}",
-        "",
         line("", lambda rows: rows[0]["method"]),
         line("trainable parameters", lambda rows: f"{rows[0]['trainable_parameters']:,d}"),
         line("  of all", share),
@@ -262,27 +274,52 @@ def tune(
     steps: int,
     batch_size: int,
     quantization: dict = QUANTIZATION,
+    extras: Extras | None = None,
+    progress: bool = True,
 ) -> dict:
-    """Tries each method's grid of learning rates with a seed of its own and stores the choice for this data set."""
-    chosen = {}
+    """Tries each method's grid of learning rates with a seed of its own and stores the choice for this data set.
+
+    A choice at an end of the grid says only on which side the best rate lies: the grid is then extended by its own
+    factor until both neighbours of the best are worse.
+    """
+    check_methods(methods)
+    extras, chosen = extras or Extras(), {}
     for method in methods:
-        losses = {}
-        for rate in GRIDS[method]:
+
+        def loss_at(rate: float, method=method) -> float | None:
+            config = run_config(steps, rate, batch_size, TUNING_SEED)
             try:
-                config = run_config(steps, rate, batch_size, TUNING_SEED)
-                losses[rate] = run(base, dataset, method, lora, config, quantization).history.best_validation_loss
+                done = run(base, dataset, method, lora, config, quantization, extras, progress=progress)
             except NonFiniteError:  # diverged: out of the question
-                losses[rate] = None
+                return None
+            return done.history.best_validation_loss
+
+        losses = search(loss_at, GRIDS[GRID_OF.get(method, "lora")])
         finite = {rate: loss for rate, loss in losses.items() if loss is not None}
         chosen[method] = {
-            "grid": [{"learning_rate": rate, "validation_loss": loss} for rate, loss in losses.items()],
+            "grid": [{"learning_rate": rate, "validation_loss": losses[rate]} for rate in sorted(losses)],
             "chosen": min(finite, key=finite.get),
             "steps": steps,
             "batch_size": batch_size,
             "seed": TUNING_SEED,
-            **adapter_settings(method, lora, quantization),
+            **adapter_settings(method, lora, quantization, extras),
         }
-    stored = read_json(LEARNING_RATES) if LEARNING_RATES.exists() else {}
-    stored[dataset.name] = stored.get(dataset.name, {}) | chosen
-    write_json(LEARNING_RATES, stored)
+        stored = read_json(LEARNING_RATES) if LEARNING_RATES.exists() else {}
+        stored[dataset.name] = stored.get(dataset.name, {}) | {method: chosen[method]}
+        write_json(LEARNING_RATES, stored)
     return chosen
+
+
+def search(loss_at: Callable[[float], float | None], grid: list[float]) -> dict[float, float | None]:
+    """The loss at every rate of the grid (None: diverged), and beyond its ends as long as the best lies at one."""
+    losses = {rate: loss_at(rate) for rate in grid}
+    while any(loss is not None for loss in losses.values()):
+        best = min((rate for rate in losses if losses[rate] is not None), key=losses.get)
+        if best == min(losses):
+            further = float(f"{best**2 / sorted(losses)[1]:.0e}")  # one digit: 1e-2, 3e-3
+        elif best == max(losses):
+            further = float(f"{best**2 / sorted(losses)[-2]:.0e}")
+        else:
+            break
+        losses[further] = loss_at(further)
+    return losses

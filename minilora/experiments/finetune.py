@@ -1,22 +1,33 @@
 """One method, one data set, one adapter or model out: the parts that `compare` and `finetune` share.
 
-The methods differ in `prepare`, and nowhere else.
+How the methods differ is in `methods.py`.
 """
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from minilora.adapters.inject import apply_lora, count_parameters, lora_layers
+from minilora.adapters.inject import count_parameters, lora_layers
+from minilora.adapters.prompts import PrefixTuning, SoftPrompt
+from minilora.experiments.methods import (
+    IN_4_BITS,
+    LORA_CHANGES,
+    Extras,
+    check_methods,
+    finish,
+    prepare,
+    training_options,
+)
 from minilora.experiments.simulate import QUANTIZATION
 from minilora.inference.evaluate import score_task
 from minilora.lora import LoRAConfig
 from minilora.model import GPT
-from minilora.quant import quantize_model, quantized_layers
 from minilora.storage.adapters import save_adapter
 from minilora.storage.files import make_folder, read_json, replacing
 from minilora.storage.models import load_model, save_model
+from minilora.storage.prompts import save_prompt
 from minilora.text.datasets import PYTHON_CODE, Dataset
 from minilora.text.tasks import TASKS
 from minilora.text.tokenizer import JsonTokenizer, Tokenizer, open_tokenizer
@@ -25,28 +36,6 @@ from minilora.train import History, TrainConfig, train
 DATA = Path(__file__).parents[2] / "data"
 BASE = DATA / "base"
 LEARNING_RATES = DATA / "learning_rates.json"
-METHODS = ("full", "lora", "qlora")
-
-
-def prepare(model: GPT, method: str, lora: LoRAConfig, quantization: dict = QUANTIZATION) -> GPT:
-    """The one line in which the methods differ: what is trainable, and for qlora how the rest is stored.
-
-    A base that is in 4 bits already is taken as it is. Raises ValueError for an unknown method, and for full
-    fine-tuning of a base in 4 bits.
-    """
-    in_4_bits = bool(quantized_layers(model))
-    if method == "full" and in_4_bits:
-        raise ValueError(
-            "method full cannot train a base in 4 bits: its codes are whole numbers, which have no gradient and on "
-            "which a small step rounds away; use method qlora, or a base in floats"
-        )
-    if method == "full":
-        return model.requires_grad_(True)
-    if method == "lora" or (method == "qlora" and in_4_bits):
-        return apply_lora(model, lora)
-    if method == "qlora":
-        return apply_lora(quantize_model(model, **quantization), lora)
-    raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
 
 
 @dataclass
@@ -93,17 +82,27 @@ def run_config(steps: int, learning_rate: float, batch_size: int = 16, seed: int
 
 
 def tuned_learning_rate(data: str, method: str) -> float:
-    """The choice from the grid in data/learning_rates.json; where nothing was tuned, that of `json` for a task and of
-    `python-code` for a text."""
+    """The choice from the grid in data/learning_rates.json; where nothing was tuned for this data, that of `json` or
+    else of `dialect` for a task, and of `python-code` first for a text."""
     tuned = read_json(LEARNING_RATES)
-    nearest = "json" if data in TASKS else PYTHON_CODE
-    return tuned[data if data in tuned else nearest][method]["chosen"]
+    for name in (data, *([PYTHON_CODE] if data not in TASKS else []), "json", "dialect"):
+        if method in tuned.get(name, {}):
+            return tuned[name][method]["chosen"]
+    raise ValueError(f"no learning rate was tuned for method {method!r}; give one with --learning-rate")
 
 
-def adapter_settings(method: str, lora: LoRAConfig, quantization: dict) -> dict:
+def adapter_settings(method: str, lora: LoRAConfig, quantization: dict, extras: Extras) -> dict:
     """What a run depends on besides TrainConfig, as JSON holds it."""
-    settings = {"lora": asdict(lora)} if method != "full" else {}
-    return settings | ({"quantization": quantization} if method == "qlora" else {})
+    settings = {}
+    if method in LORA_CHANGES:
+        settings["lora"] = asdict(lora)
+    if method in IN_4_BITS:
+        settings["quantization"] = quantization
+    if method == "lora+":
+        settings["loraplus_ratio"] = extras.loraplus_ratio
+    if method in ("soft-prompt", "prefix"):
+        settings["virtual_tokens"] = extras.virtual_tokens
+    return settings
 
 
 @dataclass
@@ -112,15 +111,17 @@ class Run:
 
     method: str
     seed: int
-    model: GPT
+    model: nn.Module
     config: TrainConfig
     history: History
 
     def save(self, directory: Path) -> int:
         """Saves what the method made, an adapter or a model, in place of what was there; returns its bytes."""
-        if any(lora_layers(self.model)):
+        written = "adapter_model.safetensors", "adapter_config.json"
+        if isinstance(self.model, (SoftPrompt, PrefixTuning)):
+            save_prompt(self.model, directory)
+        elif any(lora_layers(self.model)):
             save_adapter(self.model, directory)
-            written = "adapter_model.safetensors", "adapter_config.json"
         else:
             save_model(self.model, directory)
             written = "model.safetensors", "config.json"
@@ -134,19 +135,23 @@ def run(
     lora: LoRAConfig,
     config: TrainConfig,
     quantization: dict = QUANTIZATION,
+    extras: Extras | None = None,
     state_path: Path | None = None,
     **more,
 ) -> Run:
     """Trains one method from the base. `more` goes to `train`; with `state_path`, what the run depends on is stored."""
+    check_methods([method])
+    extras = extras or Extras()
     torch.manual_seed(config.seed)  # of the random start of A
-    # Quantized while it is read, so that a base which only fits in 4 bits is never there in floats.
-    model = prepare(base.load(quantization if method == "qlora" else None), method, lora, quantization)
+    # For qlora quantized while it is read, so that a base which only fits in 4 bits is never there in floats.
+    plain = base.load(quantization if method == "qlora" else None)
+    model = prepare(plain, method, lora, quantization, extras, dataset.train.input_ids.to(base.device))
     longest, limit = dataset.train.input_ids.shape[1], model.config.max_position_embeddings
     if longest > limit:
         raise ValueError(
             f"sequences of {longest} tokens are longer than the model's {limit}; shorten --sequence-length"
         )
-    settings = {"method": method, "data": dataset.name, **adapter_settings(method, lora, quantization)}
+    settings = {"method": method, "data": dataset.name, **adapter_settings(method, lora, quantization, extras)}
     history = train(
         model,
         dataset.train,
@@ -155,9 +160,10 @@ def run(
         state_path=state_path,
         settings=settings,
         description=f"{method}, seed {config.seed}",
+        **training_options(model, method, lora, config, extras),
         **more,
     )
-    return Run(method, config.seed, model, config, history)
+    return Run(method, config.seed, finish(model, method), config, history)
 
 
 def finetune(
@@ -168,6 +174,7 @@ def finetune(
     config: TrainConfig,
     out: Path,
     quantization: dict = QUANTIZATION,
+    extras: Extras | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> dict:
@@ -178,7 +185,7 @@ def finetune(
     if state.exists() and not resume:
         raise ValueError(f"{state} holds an unfinished run: continue it with --resume, or remove it to begin anew")
     make_folder(out)
-    done = run(base, dataset, method, lora, config, quantization, state, resume=resume, progress=progress)
+    done = run(base, dataset, method, lora, config, quantization, extras, state, resume=resume, progress=progress)
     size = done.save(out)
     if method == "full":
         copy_tokenizer(base, out)

@@ -16,6 +16,17 @@ COLOURS = {
     "full": "#D55E00",
     "lora": "#0072B2",
     "qlora": "#009E73",
+    "loftq": "#009E73",
+    "dora": "#CC79A7",
+    "rslora": "#56B4E9",
+    "lora+": "#E69F00",
+    "lora-fa": "#56B4E9",
+    "pissa": "#000000",
+    "olora": "#000000",
+    "eva": "#000000",
+    "adalora": "#0072B2",
+    "soft-prompt": "#999999",
+    "prefix": "#999999",
     "base": "#666666",
     "limit": "#000000",
     "weights": "#999999",
@@ -23,7 +34,11 @@ COLOURS = {
     "optimizer": "#CC79A7",
     "activations": "#56B4E9",
 }
-LABELS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
+LABELS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA", "loftq": "LoftQ", "dora": "DoRA"}
+LABELS |= {"rslora": "rsLoRA", "lora+": "LoRA+", "lora-fa": "LoRA-FA", "pissa": "PiSSA", "olora": "OLoRA", "eva": "EVA"}
+LABELS |= {"adalora": "AdaLoRA-style", "soft-prompt": "soft prompt", "prefix": "prefix tuning"}
+# There are more methods than colours that stay apart: of those that share one, the second is dashed, the third dotted.
+STYLES = {"loftq": "--", "lora-fa": "--", "adalora": "--", "olora": "--", "eva": ":", "prefix": "--"}
 KINDS = ("weights", "gradients", "optimizer", "activations")
 
 
@@ -56,6 +71,7 @@ def comparison_figures(results: dict) -> dict[str, Figure]:
     return {
         "loss": loss_curves(results),
         "parameters": parameter_bars(results),
+        "tradeoff": loss_over_parameters(results),
         "memory": memory_bars({method: rows[0]["bytes"] for method, rows in methods_of(results).items()}),
     }
 
@@ -65,13 +81,15 @@ def loss_curves(results: dict) -> Figure:
 
     The axis is logarithmic where the floor is zero: there each factor of ten is as much worth seeing as the last.
     """
-    figure, axes = new_figure()
-    for method, rows in methods_of(results).items():
+    methods = methods_of(results)
+    figure, axes = new_figure(height=max(3, 1 + 0.25 * len(methods)))
+    for method, rows in methods.items():
         steps = [step for step, _ in rows[0]["validation_loss"]]
         losses = list(zip(*[[loss for _, loss in row["validation_loss"]] for row in rows], strict=True))
         mean = [statistics.mean(values) for values in losses]
         label, colour = LABELS.get(method, method), COLOURS.get(method)
-        axes.plot(steps, mean, color=colour, label=label, marker="o", markersize=3)
+        style = dict(color=colour, linestyle=STYLES.get(method, "-"), marker="o", markersize=3)
+        axes.plot(steps, mean, label=label, **style)
         if len(rows) > 1:
             low, high = [min(values) for values in losses], [max(values) for values in losses]
             axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
@@ -82,7 +100,54 @@ def loss_curves(results: dict) -> Figure:
         axes.set_yscale("log")
         axes.plot([], [], " ", label="entropy floor: 0")
     axes.set(xlabel="optimizer steps", ylabel="validation loss (nats/token)", title=f"Task: {results['task']}")
-    axes.legend(frameon=False, fontsize="small")
+    if len(methods) <= 4:
+        axes.legend(frameon=False, fontsize="small")
+    else:
+        figure.legend(frameon=False, fontsize="small", loc="outside right upper")
+    return figure
+
+
+def loss_over_parameters(results: dict) -> Figure:
+    """Best validation loss, and the score where there is one, against trainable parameters: one point a method, the
+    mean of its seeds, with a bar from lowest to highest."""
+    methods = methods_of(results)
+    keys = {"best_validation_loss": "best validation loss\n(nats/token)"}
+    if results["score_before"] is not None:
+        keys["score"] = "score (share of answers right)"
+    figure = Figure(figsize=(6, 0.6 + 2.6 * len(keys)), layout="constrained")
+    panels = figure.subplots(len(keys), sharex=True, squeeze=False)[:, 0]
+    markers = {"-": "o", "--": "s", ":": "^"}
+    for axes, (key, title) in zip(panels, keys.items(), strict=True):
+        for method, rows in methods.items():
+            values = [row[key] for row in rows]
+            mean, marker = statistics.mean(values), markers[STYLES.get(method, "-")]
+            spread = [[mean - min(values)], [max(values) - mean]]
+            style = dict(
+                color=COLOURS.get(method), fmt=marker, markersize=5, capsize=3, label=LABELS.get(method, method)
+            )
+            axes.errorbar(rows[0]["trainable_parameters"], mean, spread, **style)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set(xscale="log", ylabel=title)
+    if results["loss_floor"] == 0:
+        panels[0].set_yscale("log")
+    panels[0].set_title(f"Task: {results['task']}, {len(results['seeds'])} seeds")
+    panels[-1].set_xlabel("trainable parameters")
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize="small", loc="outside right upper")
+    return figure
+
+
+def seed_dots(results: dict, methods: Sequence[str]) -> Figure:
+    """Best validation loss of every seed, a line for each of the methods and a bar at its mean: what differs, and what
+    only the seeds do."""
+    rows = {method: methods_of(results)[method] for method in methods}
+    figure, axes = new_figure(height=1 + 0.25 * len(rows))
+    for place, (method, some) in enumerate(rows.items()):
+        losses = [row["best_validation_loss"] for row in some]
+        axes.plot(losses, [place] * len(losses), "o", color=COLOURS.get(method), markersize=4, alpha=0.7)
+        axes.plot(statistics.mean(losses), place, "|", color=COLOURS.get(method), markersize=14)
+    axes.set_yticks(range(len(rows)), [LABELS.get(method, method) for method in rows])
+    axes.invert_yaxis()
+    axes.set(xlabel="best validation loss (nats/token)", title=f"Task: {results['task']}, every seed a dot")
     return figure
 
 
@@ -103,7 +168,7 @@ def parameter_bars(results: dict) -> Figure:
 
 def memory_bars(splits: dict[str, dict[str, int]], title: str = "Memory of a training step") -> Figure:
     """Bytes of tensors by kind for each method; each kind's own largest, and the peak of their sum."""
-    figure, axes = new_figure()
+    figure, axes = new_figure(height=max(3, 0.8 * len(splits)))
     names = [*KINDS, "peak"]
     height = 0.8 / len(splits)
     for number, (method, split) in enumerate(splits.items()):
@@ -180,11 +245,27 @@ def lines(
     """Named curves (x values, y values), in the methods' colours where a name is a method's."""
     figure, axes = new_figure()
     for name, (x, y) in curves.items():
-        axes.plot(x, y, label=LABELS.get(name, name), color=COLOURS.get(name), marker="o", markersize=3)
+        style = dict(color=COLOURS.get(name), linestyle=STYLES.get(name, "-"), marker="o", markersize=3)
+        axes.plot(x, y, label=LABELS.get(name, name), **style)
     if log_x:
         axes.set_xscale("log")
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def scatter(points: dict[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str, title: str) -> Figure:
+    """Clouds of points (x, y) side by side, one for each method, on the same logarithmic axes."""
+    figure = Figure(figsize=(1 + 2.2 * len(points), 2.8), layout="constrained")
+    panels = figure.subplots(1, len(points), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, (method, pairs) in zip(panels, points.items(), strict=True):
+        x, y = zip(*pairs, strict=True)
+        axes.plot(x, y, ".", color=COLOURS.get(method), markersize=3)
+        axes.set(xscale="log", yscale="log", title=LABELS.get(method, method))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(xlabel, fontsize="medium")
+    panels[0].set_ylabel(ylabel)
+    figure.suptitle(title, fontsize="large")
     return figure
 
 

@@ -35,6 +35,7 @@ from minilora.quant import SCALE_BLOCK, Linear4bit, float_linears, put, quantize
 from minilora.train import TrainConfig, apply_gradients, make_optimizer, set_gradient_checkpointing, training_step
 
 QUANTIZATION = {"scheme": "nf4", "block_size": 64, "double_quant": True}  # QLoRA's, as arguments of quantize_model
+METHODS = ("full", "lora", "qlora")  # the others keep much the same bytes as one of these
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -109,8 +110,8 @@ def simulate(
     """
     name = config if isinstance(config, str) else "GPT"
     config = GPTConfig.preset(config) if isinstance(config, str) else config
-    if method not in ("full", "lora", "qlora"):
-        raise ValueError(f"unknown method {method!r}; known: full, lora, qlora")
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     if not 1 <= sequence_length <= config.max_position_embeddings:
