@@ -173,6 +173,14 @@ def test_a_prompt_from_training_to_text(tiny, text, tmp_path, capsys, method):
     fails(capsys, ["finetune", *common[:-1], 200, "--out", tmp_path / "other"], "200", "160")
 
 
+def test_loftq_keeps_the_base_that_its_adapter_fits(tiny, text, tmp_path, capsys):
+    common = ["--base", tiny, "--data", text, "--sequence-length", 32, "--method", "loftq", "--out", tmp_path]
+    assert main(["finetune", *small(*common)]) == 0
+    ask = ["generate", "--adapter", str(tmp_path), "The quick brown", "--max-new-tokens", "4"]
+    assert main([*ask, "--base", str(tmp_path / "base")]) == 0
+    fails(capsys, [*ask, "--base", tiny], "another base")
+
+
 def test_compare_takes_every_method(tiny, text, tmp_path, capsys):
     methods = "lora,dora,adalora,pissa,soft-prompt,prefix"
     arguments = small("--base", tiny, "--data", text, "--sequence-length", 32, "--out", tmp_path, "--methods", methods)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minilora.adapters.inject import count_parameters, lora_layers
+from minilora.adapters.inject import count_parameters, lora_layers, remove_lora
 from minilora.adapters.prompts import PrefixTuning, SoftPrompt
 from minilora.experiments.methods import (
     IN_4_BITS,
@@ -178,7 +178,10 @@ def finetune(
     resume: bool = False,
     progress: bool = True,
 ) -> dict:
-    """Trains, saves an adapter or a model under `out`, and returns a summary. A killed run goes on with `resume`."""
+    """Trains, saves an adapter or a model under `out`, and returns a summary. A killed run goes on with `resume`.
+
+    LoftQ's adapter fits a base that it made itself: that is written to `out`/base.
+    """
     state = out / "training_state.safetensors"
     if resume and not state.exists():
         raise ValueError(f"nothing to resume: {state} is not there (a finished run removes it)")
@@ -191,7 +194,7 @@ def finetune(
         copy_tokenizer(base, out)
     state.unlink()
     trainable, total = count_parameters(done.model)
-    return {
+    summary = {
         "method": method,
         "data": dataset.name,
         "trainable_parameters": trainable,
@@ -202,3 +205,9 @@ def finetune(
         "artifact": str(out),
         "artifact_bytes": size,
     }
+    if method == "loftq":  # its adapter fits this 4-bit base and no other
+        remove_lora(done.model)
+        save_model(done.model, out / "base")
+        copy_tokenizer(base, out / "base")
+        summary["base"] = str(out / "base")
+    return summary
