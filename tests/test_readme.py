@@ -8,7 +8,9 @@ import pytest
 
 from minilora.__main__ import build_parser
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README = (
+    (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+)  # one command a line
 SETUP = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && "
 COMMANDS = re.findall(r"^(?:\S.* && )?python -m minilora *(.*)$", README, re.MULTILINE)
 
