@@ -172,13 +172,8 @@ def memory_bars(splits: dict[str, dict[str, int]], title: str = "Memory of a tra
     height = 0.8 / len(splits)
     for number, (method, split) in enumerate(splits.items()):
         places = [place + number * height for place in range(len(names))]
-        bars = axes.barh(
-            places,
-            [split[name] for name in names],
-            height,
-            color=COLOURS.get(method),
-            label=LABELS.get(method, method),
-        )
+        values, label = [split[name] for name in names], LABELS.get(method, method)
+        bars = axes.barh(places, values, height, color=COLOURS.get(method), label=label)
         axes.bar_label(bars, [EngFormatter("B", places=1)(split[name]) for name in names], padding=3, fontsize=7)
     axes.set_yticks([place + 0.4 - height / 2 for place in range(len(names))], names)
     axes.invert_yaxis()
