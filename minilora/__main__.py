@@ -231,7 +231,9 @@ def build_parser() -> argparse.ArgumentParser:
         added.add_argument("--quantize", choices=choices, default="auto", help=help)
 
     def quantization_options(added):
-        added.add_argument("--scheme", choices=LEVELS, default=QUANTIZATION["scheme"], help="4 bits of qlora's base")
+        added.add_argument(
+            "--scheme", choices=LEVELS, default=QUANTIZATION["scheme"], help="4 bits of the base, qlora and loftq"
+        )
         added.add_argument("--block-size", type=int, default=QUANTIZATION["block_size"], help="weights with one scale")
         added.add_argument("--double-quant", action=argparse.BooleanOptionalAction, default=True, help="8-bit scales")
 

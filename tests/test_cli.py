@@ -178,7 +178,12 @@ def test_loftq_keeps_the_base_that_its_adapter_fits(tiny, text, tmp_path, capsys
     assert main(["finetune", *small(*common)]) == 0
     ask = ["generate", "--adapter", str(tmp_path), "The quick brown", "--max-new-tokens", "4"]
     assert main([*ask, "--base", str(tmp_path / "base")]) == 0
-    fails(capsys, [*ask, "--base", tiny], "another base")
+    fails(capsys, [*ask, "--base", tiny], "another base", "LoftQ")
+    out = tmp_path / "compared"
+    assert main([*small("compare", *common[:-4], "--methods", "lora,loftq", "--seeds", 2, "--out", out)]) == 0
+    for seed in (0, 1):
+        ask[2] = str(out / f"loftq-seed{seed}")
+        assert main([*ask, "--base", str(out / "loftq-base")]) == 0
 
 
 def test_compare_takes_every_method(tiny, text, tmp_path, capsys):

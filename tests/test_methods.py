@@ -98,6 +98,8 @@ def test_refusals():
         prepare(plain(), "magic", LORA)
     with pytest.raises(ValueError, match="4 bits"):
         prepare(quantize_model(plain()), "full", LORA)
+    with pytest.raises(ValueError, match="eva.*training data"):
+        prepare(plain(), "eva", LORA)
     with pytest.raises(ValueError, match="pissa.*Linear4bit"):
         prepare(quantize_model(plain()), "pissa", LORA)
 

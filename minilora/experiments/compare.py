@@ -25,6 +25,7 @@ from minilora.experiments.finetune import (
     adapter_settings,
     run,
     run_config,
+    save_base,
     tuned_learning_rate,
 )
 from minilora.experiments.methods import Extras, check_methods
@@ -40,7 +41,8 @@ from minilora.text.datasets import Dataset
 from minilora.train import NonFiniteError, batch_rows, make_optimizer, set_gradient_checkpointing, training_step
 
 # Each about three times the one before; where the best is the first or the last, `tune` goes on. LoRA's best rate is
-# known to lie about ten times above full fine-tuning's; trained embeddings and keys want far larger steps still.
+# said to lie about ten times above full fine-tuning's; here it was one to three times. LoRA+'s rate is A's, and PiSSA
+# starts with large factors, so both begin lower; trained embeddings and keys want far larger steps.
 GRIDS = {"full": [1e-3, 3e-3, 1e-2], "lora": [3e-3, 1e-2, 3e-2], "prompt": [3e-2, 1e-1, 3e-1]}
 GRID_OF = {"full": "full", "lora+": "full", "pissa": "full", "soft-prompt": "prompt", "prefix": "prompt"}  # else lora's
 TUNING_SEED = 1000  # not one of the seeds that are compared
@@ -63,7 +65,8 @@ def compare(
 ) -> dict:
     """Runs every method with every seed; writes figures, artifacts and results.json to `out`; returns the results.
 
-    learning_rates: by method, in place of the tuned ones. quantization: qlora's, as arguments of quantize_model.
+    learning_rates: by method, in place of the tuned ones. quantization: qlora's and loftq's, as arguments of
+        quantize_model.
     """
     check_methods(methods)
     make_folder(out)
@@ -91,6 +94,8 @@ def compare(
         for row in rows:
             if row["method"] == done.method:
                 row["bytes"] = split
+        if done.method == "loftq":  # the adapters of all seeds fit this 4-bit base and no other
+            save_base(done, base, out / "loftq-base")
     results = {
         "environment": {
             "torch": torch.__version__,

@@ -3,7 +3,7 @@
 How the methods differ is in `methods.py`.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -95,7 +95,7 @@ def adapter_settings(method: str, lora: LoRAConfig, quantization: dict, extras: 
     """What a run depends on besides TrainConfig, as JSON holds it."""
     settings = {}
     if method in LORA_CHANGES:
-        settings["lora"] = asdict(lora)
+        settings["lora"] = asdict(replace(lora, **LORA_CHANGES[method]))
     if method in IN_4_BITS:
         settings["quantization"] = quantization
     if method == "lora+":
@@ -192,7 +192,6 @@ def finetune(
     size = done.save(out)
     if method == "full":
         copy_tokenizer(base, out)
-    state.unlink()
     trainable, total = count_parameters(done.model)
     summary = {
         "method": method,
@@ -206,8 +205,14 @@ def finetune(
         "artifact_bytes": size,
     }
     if method == "loftq":  # its adapter fits this 4-bit base and no other
-        remove_lora(done.model)
-        save_model(done.model, out / "base")
-        copy_tokenizer(base, out / "base")
+        save_base(done, base, out / "base")
         summary["base"] = str(out / "base")
+    state.unlink()  # last: killed before this, the run can be resumed
     return summary
+
+
+def save_base(done: Run, base: Base, directory: Path):
+    """Writes the model that the run's adapter stands on. The adapter is taken out: save it before."""
+    remove_lora(done.model)
+    save_model(done.model, directory)
+    copy_tokenizer(base, directory)

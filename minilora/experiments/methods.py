@@ -64,11 +64,13 @@ def prepare(
 ) -> nn.Module:
     """Makes a plain base trainable by one method: what is trained, and for qlora and loftq how the rest is stored.
 
-    input_ids: rows of the training data, (N, T), from which eva, soft-prompt and prefix start. A base that is in 4 bits
-    already is taken as it is. Raises ValueError for an unknown method, for full fine-tuning of a base in 4 bits, and
-    for what the method itself refuses.
+    input_ids: rows of the training data, (N, T), from which eva starts, and soft-prompt and prefix (None: from random
+    tokens). A base that is in 4 bits already is taken as it is. Raises ValueError for an unknown method, for full
+    fine-tuning of a base in 4 bits, for eva without data, and for what the method itself refuses.
     """
     check_methods([method])
+    if method == "eva" and input_ids is None:
+        raise ValueError("method eva starts from the training data; give its input_ids")
     extras, in_4_bits = extras or Extras(), bool(quantized_layers(model))
     if method == "full":
         if in_4_bits:

@@ -148,7 +148,7 @@ def _how(directory: Path, model: GPT) -> str:
     """Where only the storage of the base differs, or perhaps not only: what the two are."""
     theirs, ours = base_quantization(directory), quantization_of(model)
     if theirs == ours:
-        return ""
+        return " (both in 4 bits, but of other weights: a LoftQ adapter fits the base saved with it)" if ours else ""
     words = [f"in 4 bits ({base['scheme']})" if base else "in floats" for base in (theirs, ours)]
     return f" (its base was {words[0]}, this model is {words[1]})"
 
