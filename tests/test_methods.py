@@ -7,12 +7,13 @@ import torch
 
 from minilora import GPT, GPTConfig, LoRAConfig, TrainConfig, count_parameters, lora_layers
 from minilora.adapters.dora import DoRALinear
+from minilora.experiments import compare
 from minilora.experiments.compare import search, table
 from minilora.experiments.finetune import tuned_learning_rate
 from minilora.experiments.methods import LORA_CHANGES, METHODS, Extras, finish, prepare, training_options
 from minilora.quant import quantize_model, quantized_layers
 from minilora.text.batches import Batches
-from minilora.train import evaluate_loss, train
+from minilora.train import NonFiniteError, evaluate_loss, train
 
 CONFIG = GPTConfig(61, 16, 32, 2, 4, 2, max_position_embeddings=64)
 LORA = LoRAConfig(4, 8, target_modules="all-linear")
@@ -122,6 +123,17 @@ def test_the_search_goes_on_until_both_neighbours_are_worse(valley):
 def test_a_diverged_neighbour_ends_the_search():
     losses = search(lambda rate: None if rate > 0.02 else -rate, [3e-3, 1e-2, 3e-2])
     assert losses == {3e-3: -3e-3, 1e-2: -1e-2, 3e-2: None}
+
+
+def test_a_grid_that_diverges_throughout_is_named(monkeypatch, tmp_path):
+    def diverge(*_, **__):
+        raise NonFiniteError("diverged")
+
+    monkeypatch.setattr(compare, "run", diverge)
+    monkeypatch.setattr(compare, "LEARNING_RATES", tmp_path / "rates.json")
+    with pytest.raises(ValueError, match="dora diverged at every rate.*0.003"):
+        compare.tune(None, None, ["dora"], LORA, 4, 2)
+    assert not (tmp_path / "rates.json").exists()
 
 
 def test_a_table_of_many_methods_comes_in_blocks():

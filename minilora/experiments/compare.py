@@ -210,6 +210,7 @@ def table(results: dict) -> str:
 
 
 def _block(results: dict, columns: dict[str, list[dict]], methods: list[str], first: str) -> str:
+    """The lines of some of the methods beside each other; `first` is the one that step times are held against."""
     floor = results["loss_floor"]
 
     def line(name: str, cell) -> str:
@@ -301,6 +302,8 @@ def tune(
 
         losses = search(loss_at, GRIDS[GRID_OF.get(method, "lora")])
         finite = {rate: loss for rate, loss in losses.items() if loss is not None}
+        if not finite:
+            raise ValueError(f"{method} diverged at every rate of its grid, {', '.join(map(str, losses))}")
         chosen[method] = {
             "grid": [{"learning_rate": rate, "validation_loss": losses[rate]} for rate in sorted(losses)],
             "chosen": min(finite, key=finite.get),
