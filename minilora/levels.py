@@ -4,6 +4,9 @@ int4, FP4 and NF4 are tables of sixteen, each made by its formula and indexed by
 under double quantization have a table of 256. `quant.py` rounds and looks up here and knows nothing else of a scheme.
 """
 
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -56,17 +59,42 @@ def scale_levels() -> Tensor:
     return torch.cat([-above, above, torch.tensor([0.0, 1.0])]).sort().values
 
 
-LEVELS = {"int4": int4_levels(), "fp4": fp4_levels(), "nf4": nf4_levels()}  # (16,) float32 each, by code
+class Tables(Mapping):
+    """By scheme, its levels (16,) float32, indexed by code. A table is made by its formula when first asked for."""
+
+    def __init__(self, **formulas: Callable[[], Tensor]):
+        self.formulas = formulas
+        self.made = cache(lambda scheme: formulas[scheme]())
+
+    def __getitem__(self, scheme: str) -> Tensor:
+        return self.made(scheme)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.formulas)
+
+    def __len__(self) -> int:
+        return len(self.formulas)
+
+    def cache_clear(self):
+        self.made.cache_clear()
+
+
+LEVELS = Tables(int4=int4_levels, fp4=fp4_levels, nf4=nf4_levels)
 SCALE_LEVELS = scale_levels()  # (256,) float32
 
 
 def encode(scaled: Tensor, scheme: str) -> Tensor:
     """The code of the nearest level for each of scaled (n,), uint8 (n,)."""
     if scheme == "int4":
-        return ((scaled * 7).round() + 8).to(torch.uint8)
+        return int4_codes(scaled)
     levels, order = LEVELS[scheme].to(scaled.device).sort(stable=True)
     codes = nearest(scaled, levels)
     return codes if scheme == "nf4" else order.to(torch.uint8)[codes.int()]  # fp4's codes are not in order of value
+
+
+def int4_codes(scaled: Tensor) -> Tensor:
+    """The nearest of evenly spaced levels, without a table: (n,) within ±1 -> codes 1 to 15, uint8; ties go to even."""
+    return ((scaled * 7).round() + 8).to(torch.uint8)
 
 
 def nearest(scaled: Tensor, levels: Tensor) -> Tensor:
@@ -84,5 +112,7 @@ def unpack(packed: Tensor) -> Tensor:
     return torch.stack([packed >> 4, packed & 15], dim=1).view(-1)
 
 
-# The two levels that each byte stands for, (256, 2): one look-up instead of two, and no shifting.
-PAIRS = {scheme: levels[unpack(torch.arange(256)).view(256, 2)] for scheme, levels in LEVELS.items()}
+@cache
+def level_pairs(scheme: str, device: torch.device) -> Tensor:
+    """The two levels that each byte stands for, (256, 2): one look-up instead of two, and no shifting."""
+    return LEVELS[scheme][unpack(torch.arange(256)).view(256, 2)].to(device)

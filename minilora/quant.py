@@ -34,7 +34,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from minilora.levels import LEVELS, PAIRS, SCALE_LEVELS, encode, nearest, pack
+from minilora.levels import LEVELS, SCALE_LEVELS, encode, level_pairs, nearest, pack
 
 SCALE_BLOCK = 256  # scales that share a scale under double quantization
 CHUNK = 2**20  # weights handled at a time: temporaries stay small, and in the processor's cache
@@ -165,7 +165,9 @@ def dequantize_blocks(
     codes: Tensor, absmax: Tensor, scheme: str, block_size: int, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
     """One operation in torch's eyes, as a kernel is: fake tensors and the meter pass it in one step."""
-    pairs = PAIRS[scheme].to(codes.device).view(torch.int64).view(-1)  # (256,): two float32 moved as one 8-byte number
+    pairs = (
+        level_pairs(scheme, codes.device).view(torch.int64).view(-1)
+    )  # (256,): two float32 moved as one 8-byte number
     codes = F.pad(codes, (0, len(absmax) * block_size // 2 - len(codes)))  # fills the last block up
     weight = torch.empty(len(absmax), block_size, dtype=dtype, device=codes.device)  # (N, block_size)
     pieces = codes.split(CHUNK // 2), absmax.split(CHUNK // block_size), weight.split(CHUNK // block_size)

@@ -14,6 +14,7 @@ from minilora.adapters.inject import (
     lora_layers,
     merge_lora,
     print_trainable_parameters,
+    train_adapter_only,
     unmerge_lora,
 )
 from minilora.lora import LoRAConfig, LoRALinear
@@ -237,3 +238,12 @@ def test_shared_parameters_count_once(capsys):
     assert re.fullmatch(
         r"trainable params: 128 \|\| all params: [\d,]+ \|\| trainable%: \d\.\d{4}\n", capsys.readouterr().out
     )
+
+
+def test_train_adapter_only_sets_both_ways():
+    model = make_lora_model()
+    for number, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(number % 2 == 0)
+    assert train_adapter_only(model) is model
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (".lora_" in name), name

@@ -26,7 +26,7 @@ from minilora import (
     unmerge_lora,
 )
 from minilora.adapters.combine import concatenate
-from minilora.adapters.factors import loftq, olora, pissa
+from minilora.adapters.factors import energy_rank, loftq, olora, pissa
 from minilora.adapters.inject import adapter_parameters, apply_adapter, extract_adapter, lora_layers, remove_lora
 from minilora.adapters.starts import apply_loftq, eva_start, freeze_A
 from minilora.adapters.swap import AdapterShelf
@@ -608,3 +608,18 @@ def test_the_output_of_rslora_keeps_its_size_with_r_and_that_of_lora_shrinks():
     for use_rslora, expected in ((True, 1), (False, 1 / 8)):
         ratio = size(256, use_rslora) / size(4, use_rslora)
         assert abs(ratio / expected - 1) < 0.2, f"from r=4 to 256 the output changes by {ratio}, not {expected}"
+
+
+def test_energy_rank_is_the_fewest_that_hold_the_share():
+    values = torch.tensor([4.0, 2.0, 2.0, 1.0])  # energy 16 + 4 + 4 + 1 = 25
+    shares = {0.5: 1, 0.64: 1, 0.65: 2, 0.8: 2, 0.96: 3, 0.97: 4, 1.0: 4}
+    found = {share: energy_rank(values, share) for share in shares}
+    assert found == shares, f"expected {shares}, got {found}"
+    assert energy_rank(torch.zeros(3), 0.9) == 1
+    many = torch.rand(500, generator=torch.Generator().manual_seed(0)).sort(descending=True).values
+    r = energy_rank(many, 0.9)
+    held = many.double().square().cumsum(0) / many.double().square().sum()
+    assert held[r - 2] < 0.9 <= held[r - 1], f"r = {r} holds {held[r - 1]}, one less {held[r - 2]}"
+    for share in (0, 1.01, -0.5):
+        with pytest.raises(ValueError, match="share is"):
+            energy_rank(values, share)

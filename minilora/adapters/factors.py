@@ -22,6 +22,18 @@ from minilora.lora import LoRAConfig, LoRALinear
 from minilora.quant import QuantizedTensor, dequantize, quantize
 
 
+def energy_rank(singular_values: Tensor, share: float) -> int:
+    """The fewest of a matrix's singular values, (k,) from the largest on, whose squares add up to `share` of them all.
+
+    Σ σ_i² = ‖W‖² is the matrix's energy: the best approximation of that rank misses 1 - share of it (Eckart and Young
+    1936). At least 1. Raises ValueError for a share that is not above 0 and at most 1.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share!r}; it must be above 0 and at most 1")
+    energy = singular_values.double().square().cumsum(0)  # of the first 1, 2, ... k
+    return min(int((energy < share * energy[-1]).sum()) + 1, len(energy))
+
+
 def pissa(W: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
     """A = √(S_r / s) V_rᵀ and B = U_r √(S_r / s): no other s·BA of rank r is nearer to W."""
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)  # (out, k), (k,), (k, in)

@@ -118,7 +118,6 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
             r = pattern_value(config.rank_pattern, name, config.r)
             check_own_weight(name, layers[name], users, r, config.init_lora_weights)
 
-    model.requires_grad_(False)
     for name in targets:
         layer = layers[name]
         r = pattern_value(config.rank_pattern, name, config.r)
@@ -130,6 +129,14 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
         start_layer(wrapped, config.init_lora_weights)
         put(model, name, wrapped)
     model.lora_config = config
+    return train_adapter_only(model)
+
+
+def train_adapter_only(model: nn.Module) -> nn.Module:
+    """Sets `requires_grad` on every parameter, both ways: on for the adapter's, off for all else. Returns the model."""
+    model.requires_grad_(False)
+    for parameter in adapter_parameters(model):
+        parameter.requires_grad_(True)
     return model
 
 
