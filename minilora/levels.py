@@ -69,6 +69,9 @@ class Tables(Mapping):
     def __getitem__(self, scheme: str) -> Tensor:
         return self.made(scheme)
 
+    def __contains__(self, scheme) -> bool:
+        return scheme in self.formulas  # Mapping's own would make the table
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.formulas)
 

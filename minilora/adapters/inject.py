@@ -135,8 +135,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
 def train_adapter_only(model: nn.Module) -> nn.Module:
     """Sets `requires_grad` on every parameter, both ways: on for the adapter's, off for all else. Returns the model."""
     model.requires_grad_(False)
-    for parameter in adapter_parameters(model):
-        parameter.requires_grad_(True)
+    for trained in adapter_parameters(model):
+        trained.requires_grad_(True)
     return model
 
 
