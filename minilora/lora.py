@@ -217,16 +217,16 @@ class LoRALinear(nn.Module):
         the layer's width. In half precision it never does: added to a bfloat16 weight, an update below 1/512
         of it would round away.
         """
+        tokens, features = x.numel() // self.in_features, self.in_features + self.out_features
+        if tokens * features <= 2 * self.in_features * self.out_features:
+            return False  # asked first: it is cheap, and ends the matter where one token is decoded
         base, device = self.base_layer, x.device.type
         frozen = not any(parameter.requires_grad for parameter in base.parameters())
         if type(base) is not nn.Linear or not frozen or not self.lora_A.requires_grad:
             return False
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         same_dtype = x.dtype == base.weight.dtype == self.lora_A.dtype
-        if autocast or not same_dtype or x.dtype.itemsize < 4:
-            return False
-        tokens = x.numel() // self.in_features
-        return tokens * (self.in_features + self.out_features) > 2 * self.in_features * self.out_features
+        return same_dtype and not autocast and x.dtype.itemsize >= 4
 
     def product(self, A: Tensor, B: Tensor) -> Tensor:
         """s·BA, (out, in), in float32 at least."""
