@@ -1,0 +1,124 @@
+"""A student's folder: which file belongs to which exercise, what was tried in it, and how the last check went.
+
+work/ex02_lora_forward.py    the module of the package with the functions of the exercise blank, then written
+work/ex02_lora_forward.md    the explanation, and room for the answer to its question
+work/progress.json           of each exercise the last check, and how many hints were given
+"""
+
+import hashlib
+from pathlib import Path
+
+from minilora.exercises.checking import Exercise
+from minilora.exercises.source import blank, path_of, read_module, written
+from minilora.storage.files import make_folder, read_json, replacing, write_json
+
+WORK = Path("work")
+ANSWER = "## Your answer"
+
+
+def start(exercise: Exercise, folder: Path) -> tuple[list[Path], list[Path]]:
+    """Writes the files of an exercise that are not there yet: (those written, those that were there and stay)."""
+    make_folder(folder)
+    texts = {folder / f"{exercise.name}.md": instructions(exercise)}
+    for module, names in exercise.modules.items():
+        texts[folder / exercise.files[module]] = stub(exercise, module, names)
+    new = [path for path in texts if not path.exists()]
+    for path in new:
+        with replacing(path) as temporary:
+            temporary.write_text(texts[path], encoding="utf-8")
+    return new, [path for path in texts if path not in new]
+
+
+def stub(exercise: Exercise, module: str, names: list[str]) -> str:
+    return blank(read_module(module), names, f"exercise {exercise.number:02d}")
+
+
+def instructions(exercise: Exercise) -> str:
+    """The text that stands beside the code, in Markdown."""
+    files = [
+        f"- `{exercise.files[module]}` ({path_of(module).name}): {', '.join(f'`{name}`' for name in names)}"
+        for module, names in exercise.modules.items()
+    ]
+    return "\n".join(
+        [
+            f"# Exercise {exercise.number:02d}: {exercise.title}",
+            "",
+            f"Difficulty {exercise.difficulty} of 3, about {exercise.minutes} minutes. Notebook "
+            f'`notebooks/{exercise.notebook}.ipynb`, section "{exercise.section}".',
+            "",
+            exercise.explanation.strip(),
+            "",
+            "## What to write",
+            "",
+            *files,
+            "",
+            "Taken from your file are these functions, your imports, and whatever you define beside them under a new",
+            "name; changes to anything else in it have no effect.",
+            "",
+            "## Question",
+            "",
+            exercise.question,
+            "",
+            ANSWER,
+            "",
+            "",
+        ]
+    )
+
+
+def find_files(exercise: Exercise, folder: Path) -> dict[str, Path]:
+    """By module, the student's files of this exercise that exist."""
+    return {module: folder / name for module, name in exercise.files.items() if (folder / name).is_file()}
+
+
+def read_sources(exercise: Exercise, folder: Path) -> dict[str, tuple[str, str]]:
+    """By module, text and file name, as `grafted` takes them. A file that is missing is as good as its stub.
+
+    Raises ValueError for a file that is not UTF-8.
+    """
+    sources = {}
+    for module, names in exercise.modules.items():
+        path = folder / exercise.files[module]
+        try:
+            text = path.read_text(encoding="utf-8") if path.is_file() else stub(exercise, module, names)
+        except UnicodeDecodeError:
+            raise ValueError(f"{path.name} is not UTF-8 text") from None
+        sources[module] = text, str(path)
+    return sources
+
+
+def attempted(exercise: Exercise, sources: dict[str, tuple[str, str]]) -> bool:
+    """True if anything was written: a function that is no longer a stub, or text that Python cannot read."""
+    for module, names in exercise.modules.items():
+        try:
+            if written(sources[module][0], names):
+                return True
+        except (SyntaxError, ValueError):  # ValueError: null bytes
+            return True
+    return False
+
+
+def answer(exercise: Exercise, folder: Path) -> str:
+    """What the student wrote under the question; "" for nothing."""
+    path = folder / f"{exercise.name}.md"
+    if not path.is_file():
+        return ""
+    return path.read_text(encoding="utf-8", errors="replace").partition(ANSWER)[2].strip()
+
+
+def digest(exercise: Exercise, folder: Path) -> str:
+    """A mark of the student's files as they are now."""
+    files = find_files(exercise, folder).values()
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+def read_progress(folder: Path) -> dict:
+    path = folder / "progress.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def record(exercise: Exercise, folder: Path, **changes):
+    """Notes something about an exercise in progress.json, beside what is noted already."""
+    progress = read_progress(folder)
+    progress[str(exercise.number)] = {**progress.get(str(exercise.number), {}), **changes}
+    write_json(folder / "progress.json", progress)

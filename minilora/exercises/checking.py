@@ -1,0 +1,225 @@
+"""What an exercise is, and the words its checker is written in.
+
+An exercise names functions of the package that a student writes again, and lists properties that they must have. A
+property is a function of a `Draw`, from which it takes random numbers and shapes, small ones first, so that what it
+reports is a small case. It returns if all is well, and otherwise raises `Wrong`, mostly by way of `expect`:
+
+    @EXERCISE.property("y = W x + b + s·B(A x)")
+    def formula(draw):
+        for most in SIZES:
+            x = draw.normal(draw.integer(1, most), 3)
+            expect(f(x), wanted(x), case={"x": x}, slips={"a mistake in one sentence": what_it_would_give(x)})
+
+A slip is a known mistake together with the result it leads to. So the checker recognises it by what came out, however
+the student came to it.
+"""
+
+import math
+import traceback
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SIZES = (2, 4, 12)  # the largest dimension of a case: the first that fails is the smallest
+SHOWN = 12  # numbers of a tensor that are printed one by one
+
+
+class Wrong(Exception):
+    """A property does not hold. `message` says what was expected and what came; `case` on what; `slip` why, perhaps."""
+
+    def __init__(self, message: str, case: Mapping[str, Any] | None = None, slip: str = ""):
+        super().__init__(message)
+        self.message, self.case, self.slip = message, describe(case or {}), slip
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """One exercise. `targets` are "module:function" or "module:Class.method", modules named from minilora on."""
+
+    number: int
+    slug: str  # of its file: work/ex02_<slug>.py
+    title: str
+    targets: tuple[str, ...]
+    difficulty: int  # 1 easy, 2 medium, 3 hard
+    minutes: int
+    notebook: str  # file name without .ipynb
+    section: str  # the heading there that explains it
+    explanation: str  # stands alone, in Markdown
+    hints: tuple[str, str, str]
+    question: str  # to be answered in words
+    # Beginnings of lines in notebooks and tests that give the answer away in other words than the package's.
+    spoilers: tuple[str, ...] = ()
+    properties: dict[str, Callable] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"ex{self.number:02d}_{self.slug}"
+
+    @property
+    def modules(self) -> dict[str, list[str]]:
+        """By module, the names that are to be written there."""
+        found: dict[str, list[str]] = {}
+        for target in self.targets:
+            module, name = target.split(":")
+            found.setdefault(module, []).append(name)
+        return found
+
+    @property
+    def files(self) -> dict[str, str]:
+        """By module, the name of the student's file. Most exercises are of one module and have one file."""
+        single = len(self.modules) == 1
+        return {m: f"{self.name}.py" if single else f"{self.name}_{m.rpartition('.')[2]}.py" for m in self.modules}
+
+    def property(self, statement: str) -> Callable:
+        def add(function: Callable) -> Callable:
+            assert statement not in self.properties, f"{self.name} has the property {statement!r} already"
+            self.properties[statement] = function
+            return function
+
+        return add
+
+
+class Draw:
+    """Random numbers and shapes for one property: the same seed and name draw the same."""
+
+    def __init__(self, seed: int, name: str = ""):
+        self.generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+
+    def integer(self, low: int, high: int) -> int:
+        """low to high, both included."""
+        return int(torch.randint(low, high + 1, (), generator=self.generator))
+
+    def choice(self, options):
+        return options[self.integer(0, len(options) - 1)]
+
+    def normal(self, *shape: int, dtype=torch.float64) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype)
+
+    def number(self, low: float, high: float) -> float:
+        """Uniform from low to high, with two digits, so that it reads well."""
+        return round(low + (high - low) * float(torch.rand((), generator=self.generator)), 2)
+
+
+def expect(
+    found,
+    expected,
+    case: Mapping[str, Any] | None = None,
+    slips: Mapping[str, Any] | None = None,
+    what: str = "the result",
+    tolerance: float = 1e-9,
+):
+    """Raises Wrong unless `found` is `expected`: tensors in shape and, relative to the largest, in value; others by ==.
+
+    slips: by sentence, what that mistake leads to: a value, or a function without arguments that gives it.
+    tolerance: 0 asks for the same bits.
+    """
+    fault = difference(found, expected, tolerance)
+    if not fault:
+        return
+    for sentence, wrong in (slips or {}).items():
+        wrong = wrong() if callable(wrong) else wrong
+        if not difference(found, wrong, max(tolerance, 1e-9)) and difference(wrong, expected, tolerance):
+            raise Wrong(f"{what}: {fault}", case, sentence)
+    raise Wrong(f"{what}: {fault}", case)
+
+
+def difference(found, expected, tolerance: float) -> str:
+    """In words how `found` is not `expected`; "" if it is."""
+    if not isinstance(expected, Tensor):
+        if isinstance(expected, float) and isinstance(found, (int, float)):
+            same = math.isclose(found, expected, rel_tol=tolerance, abs_tol=1e-12)
+        else:
+            same = type(found) is type(expected) and found == expected
+        kind = "" if type(found) in (type(expected), int, float) else f"{type(found).__name__} "
+        return "" if same else f"expected {show(expected)}, got {kind}{show(found)}"
+    if not isinstance(found, Tensor):
+        return f"expected a tensor of shape {tuple(expected.shape)}, got {type(found).__name__} {brief(repr(found))}"
+    if found.shape != expected.shape:
+        return f"expected shape {tuple(expected.shape)}, got {tuple(found.shape)}"
+    if expected.is_floating_point() != found.is_floating_point():
+        return f"expected numbers of type {expected.dtype}, got {found.dtype}"
+    wide, wanted = found.detach().double(), expected.detach().double()
+    off = (wide - wanted).abs()
+    largest, scale = off.max().item() if off.numel() else 0.0, wanted.abs().max().item() if off.numel() else 0.0
+    if largest <= tolerance * max(scale, 1e-30) if tolerance else torch.equal(wide, wanted):
+        return ""
+    if expected.numel() <= SHOWN:
+        return f"expected {show(expected)}, got {show(found)}: off by up to {largest:.3g}"
+    wrong = (off > tolerance * scale).double().mean().item() if math.isfinite(largest) else 1.0
+    return (
+        f"off by up to {largest:.3g} where the largest is {scale:.3g}; {wrong:.0%} of {off.numel()} numbers are wrong"
+    )
+
+
+def require(condition: bool, message: str, case: Mapping[str, Any] | None = None, slip: str = ""):
+    """Raises Wrong with this message unless the condition holds."""
+    if not condition:
+        raise Wrong(message, case, slip)
+
+
+def expect_error(function: Callable, names: tuple[str, ...] = (), case: Mapping | None = None, slip: str = ""):
+    """Raises Wrong unless calling `function` raises ValueError with a message in which all of `names` occur."""
+    try:
+        function()
+    except ValueError as error:
+        absent = [name for name in names if name not in str(error)]
+        if absent:
+            message = f"the message of the ValueError should name {', '.join(absent)}; it is {brief(str(error))!r}"
+            raise Wrong(message, case, slip) from None
+        return
+    raise Wrong("expected a ValueError, got no error", case, slip)
+
+
+def show(value) -> str:
+    """A value in few characters: small tensors as nested lists, others by their shape."""
+    if not isinstance(value, Tensor):
+        return f"{value:.6g}" if isinstance(value, float) else brief(repr(value))
+    if value.numel() > SHOWN:
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+
+    def rounded(x):
+        return [rounded(y) for y in x] if isinstance(x, list) else float(f"{x:.4g}") if isinstance(x, float) else x
+
+    return str(rounded(value.detach().tolist()))
+
+
+def describe(case: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} = {show(value)}" for name, value in case.items())
+
+
+def brief(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def run_property(function: Callable, seed: int, files: Mapping[str, str]) -> dict:
+    """Runs one property: {} if it holds, else {"message", "case", "slip"}, and "missing" for a function not written.
+
+    files: by the name under which the student's code was compiled, what to call it.
+    """
+    torch.manual_seed(seed)
+    torch.set_grad_enabled(True)
+    torch.set_default_dtype(torch.float32)
+    try:
+        function(Draw(seed, function.__name__))
+    except Wrong as wrong:
+        return {"message": wrong.message, "case": wrong.case, "slip": wrong.slip}
+    except NotImplementedError as error:
+        return {"message": f"not written yet: {error}", "case": "", "slip": "", "missing": str(error)}
+    except (SystemExit, KeyboardInterrupt) as stop:
+        return {"message": f"your code ended the program ({type(stop).__name__})", "case": "", "slip": ""}
+    except Exception as error:
+        return {"message": explain(error, files), "case": "", "slip": ""}
+    return {}
+
+
+def explain(error: Exception, files: Mapping[str, str]) -> str:
+    """An exception in one line, with the last line of the student's own code on its way."""
+    text = f"{type(error).__name__}: {brief(' '.join(str(error).split()))}"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename in files:
+            return f"raised {text}, from line {frame.lineno} of {files[frame.filename]}: {brief(frame.line or '', 80)}"
+    return f"raised {text}"

@@ -1,0 +1,228 @@
+"""For teachers: the package as a hand-out with every exercise blank, and the grades of a class.
+
+Solutions are public: they are this package's source. What a teacher can do about it is private seeds (results that
+somebody copied still hold, results that somebody faked do not), private properties, points, and the written question
+that ends each exercise; `grades.json` holds everyone's answer to it. All but the answers stand in a Python file that
+stays at home:
+
+    SEEDS = [71, 72]                            # each property must hold for all of them
+    POINTS = {2: 10, 5: 20}                     # 1 for an exercise that is not named
+    PROPERTIES = {2: {"zero tokens": function}} # further ones, written as in catalog/: function(draw) raises Wrong
+"""
+
+import ast
+import csv
+import io
+import json
+import os
+import runpy
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minilora.exercises.attempts import answer
+from minilora.exercises.catalog import EXERCISES
+from minilora.exercises.runner import Result, run
+from minilora.exercises.source import PACKAGE, blank, body_lines, is_released, path_of, read_module
+from minilora.storage.files import replacing, write_json
+
+HANDED_OUT = ("README.md", "LICENSE", "requirements.txt", "pyproject.toml", ".gitignore", "data", "notebooks", "tests")
+KEPT_BACK = ("exercises", "test_exercises_*.py", "test_notebooks.py")  # of the tests: answers, and what checks those
+NOISE = ("__pycache__", ".ipynb_checkpoints", "*.egg-info", "*.pyc")
+TELLING = 16  # characters from which on a line says something
+
+
+def release(out: Path) -> tuple[Path, list[str]]:
+    """Writes the hand-out into a new folder: (the folder, what was taken out of tests and notebooks).
+
+    Raises ValueError for a folder that is there already, for a package without its tests and notebooks, and in a
+    hand-out.
+    """
+    root = PACKAGE.parent
+    missing = [name for name in HANDED_OUT if not (root / name).exists()]
+    if missing:
+        raise ValueError(f"a hand-out is made from a whole checkout; {root} has no {', '.join(missing)}")
+    if is_released():
+        raise ValueError(f"{root} is a hand-out itself")
+    if out.exists():
+        raise ValueError(f"{out} is there already; give the name of a new folder")
+    lines = solution_lines()
+    beside = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        for name in (*HANDED_OUT, PACKAGE.name):
+            if (root / name).is_dir():
+                ignored = (*NOISE, *(KEPT_BACK if name == "tests" else ()))
+                shutil.copytree(root / name, beside / name, ignore=shutil.ignore_patterns(*ignored))
+            else:
+                shutil.copy2(root / name, beside / name)
+        for module, text in blanked().items():
+            (beside / path_of(module).relative_to(root)).write_text(text, encoding="utf-8")
+        for path in (beside / PACKAGE.name / "exercises" / "catalog").glob("ex*.py"):
+            path.write_text(without_spoilers(path.read_text(encoding="utf-8")), encoding="utf-8")
+        purged = []
+        for path in sorted((beside / "notebooks").glob("*.ipynb")):
+            purged += [f"{path.name} cell {number}" for number in purge_notebook(path, lines)]
+        for path in sorted((beside / "tests").rglob("*.py")):
+            purged += [f"{path.name} {name}" for name in purge_tests(path, lines)]
+        beside.rename(out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return out, purged
+
+
+def blanked() -> dict[str, str]:
+    """By module, its text with the functions of all exercises blank."""
+    texts: dict[str, str] = {}
+    for exercise in EXERCISES.values():
+        for module, names in exercise.modules.items():
+            texts[module] = blank(texts.get(module) or read_module(module), names, f"exercise {exercise.number:02d}")
+    return texts
+
+
+def solution_lines() -> dict[str, int]:
+    """Every telling line of a solution, stripped -> its exercise. What the package has elsewhere too tells nothing."""
+    lines, ambient = {}, set()
+    bodies: dict[str, dict[int, int]] = {}  # by module, the number of each line of a solution -> its exercise
+    for exercise in EXERCISES.values():
+        for module, names in exercise.modules.items():
+            for name in names:
+                numbers = body_lines(read_module(module), name)
+                bodies.setdefault(module, {}).update(dict.fromkeys(numbers, exercise.number))
+    for path in PACKAGE.rglob("*.py"):
+        inside = next((bodies[module] for module in bodies if path_of(module) == path), {})
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+            if number in inside and len(line.strip()) >= TELLING:
+                lines.setdefault(line.strip(), inside[number])
+            else:
+                ambient.add(line.strip())
+    return {line: number for line, number in lines.items() if line not in ambient}
+
+
+def exercise_told(text: str, lines: dict[str, int]) -> int | None:
+    """The exercise whose solution a piece of code gives away, by a line of it or by one of its spoilers, or None."""
+    for line in text.splitlines():
+        if line.strip() in lines:
+            return lines[line.strip()]
+        for exercise in EXERCISES.values():
+            if line.strip().startswith(exercise.spoilers):
+                return exercise.number
+    return None
+
+
+def without_spoilers(text: str) -> str:
+    """A catalog file with an empty tuple for `spoilers`."""
+    for keyword in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.keyword)):
+        if keyword.arg == "spoilers":
+            return text.replace(ast.get_source_segment(text, keyword.value), "()", 1)
+    return text
+
+
+def purge_notebook(path: Path, lines: dict[str, int]) -> list[int]:
+    """Empties each code cell that gives a solution away: the numbers of those cells, from 1."""
+    book, emptied = json.loads(path.read_text(encoding="utf-8")), []
+    for number, cell in enumerate(book["cells"], 1):
+        if cell["cell_type"] != "code" or (told := exercise_told("".join(cell["source"]), lines)) is None:
+            continue
+        cell["source"] = [f"# This cell is exercise {told:02d}.\n", f'raise NotImplementedError("exercise {told:02d}")']
+        cell["outputs"], cell["execution_count"] = [], None
+        emptied.append(number)
+    if emptied:
+        path.write_text(json.dumps(book, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return emptied
+
+
+def purge_tests(path: Path, lines: dict[str, int]) -> list[str]:
+    """Takes out each function or class of a test file that gives a solution away: their names."""
+    text = path.read_text(encoding="utf-8")
+    rows, names = text.splitlines(keepends=True), []
+    for node in reversed(ast.parse(text).body):
+        first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))]) - 1
+        if exercise_told("".join(rows[first : node.end_lineno]), lines) is not None:
+            del rows[first : node.end_lineno]
+            names.insert(0, getattr(node, "name", f"line {node.lineno}"))
+    if names:
+        path.write_text("".join(rows), encoding="utf-8")
+    return names
+
+
+def grade(
+    folder: Path, numbers: list[int], seed: int, private: Path | None, out: Path, limit: float, progress: bool = True
+) -> str:
+    """Grades every submission, a folder each, with the files in it or in its `work`. Writes grades.csv and grades.json
+    into `out`, and returns the first as text.
+
+    An exercise gives its points times the share of its properties that hold. The same submissions give the same
+    grades. Raises FileNotFoundError and ValueError for a folder without submissions, for an unknown exercise and for
+    a private file that cannot be used.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    submissions = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not submissions:
+        raise ValueError(f"{folder} has no submissions; each is a folder of its own in there")
+    if unknown := sorted(set(numbers) - set(EXERCISES)):
+        raise ValueError(f"there is no exercise {unknown[0]}; they go from {min(EXERCISES)} to {max(EXERCISES)}")
+    seeds, points = read_private(private, seed)
+
+    def judge(path: Path) -> dict:
+        work = path / "work" if (path / "work").is_dir() else path
+        results, _ = run(work, numbers, seeds, private, limit)
+        parts = {f"{number:02d}": part(results[number], points.get(number, 1), work) for number in numbers}
+        total = round(sum(part["points"] for part in parts.values()), 4)
+        return {"submission": path.name, "total": total, "exercises": parts}
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # the work is in processes; threads wait for them
+        judged = tqdm(pool.map(judge, submissions), "grading", len(submissions), disable=not progress)
+        graded = list(judged)
+    most = sum(points.get(number, 1) for number in numbers)
+    about = {"seeds": seeds, "points": {f"{n:02d}": points.get(n, 1) for n in numbers}, "torch": torch.__version__}
+    write_json(out / "grades.json", {**about, "submissions": graded})
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["submission", *(f"{number:02d}" for number in numbers), "total", "of"])
+    for one in graded:
+        row = [part["points"] if part["attempted"] else "" for part in one["exercises"].values()]
+        table.writerow([one["submission"], *row, one["total"], most])
+    with replacing(out / "grades.csv") as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8")
+    return text.getvalue()
+
+
+def part(result: Result, points: float, work: Path) -> dict:
+    """What grades.json says of one exercise of one submission."""
+    earned = round(points * result.passed / len(result.statements), 4)
+    faults = {statement: fault for statement, fault in result.outcomes.items() if fault}
+    words = answer(EXERCISES[result.number], work)
+    return {
+        "attempted": result.attempted,
+        "points": earned,
+        "passed": result.passed,
+        "of": len(result.statements),
+        "faults": faults,
+        "answer": words,
+    }
+
+
+def read_private(path: Path | None, seed: int) -> tuple[list[int], dict[int, float]]:
+    """(seeds, points) of the teacher's file. Its properties are read where they run."""
+    if path is None:
+        return [seed], {}
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        private = runpy.run_path(str(path))
+    except Exception as error:
+        raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    seeds, points = private.get("SEEDS", [seed]), private.get("POINTS", {})
+    if not isinstance(seeds, list) or not seeds or not all(type(value) is int for value in seeds):
+        raise ValueError(f"{path} has SEEDS {seeds!r}; a list of whole numbers is needed")
+    for name in ("POINTS", "PROPERTIES"):
+        value = private.get(name, {})
+        if not isinstance(value, dict) or not set(value) <= set(EXERCISES):
+            raise ValueError(f"{path} has {name} {value!r}; a dictionary by number of exercise is needed")
+    return seeds, points

@@ -1,0 +1,90 @@
+"""Stubs from source: what is a function's body, the same file without it, and the body alone.
+
+Nothing marks a solution in the package. An exercise names a function, the parser finds it, and the lines from behind
+its docstring to its end are the solution. Every other byte of the file stays as it is.
+"""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def path_of(module: str) -> Path:
+    """ "adapters.inject" -> the file in the package."""
+    return PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
+
+
+def read_module(module: str) -> str:
+    return path_of(module).read_text(encoding="utf-8")
+
+
+def find(tree: ast.AST, name: str) -> ast.FunctionDef | None:
+    """The definition of "function" or "Class.method", or None."""
+    *classes, function = name.split(".")
+    for part in classes:
+        tree = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == part), None)
+        if tree is None:
+            return None
+    return next((node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function), None)
+
+
+def body_lines(text: str, name: str) -> range:
+    """The line numbers (from 0) of a function's body, behind its docstring, with comments. ValueError if it is absent.
+
+    A first comment belongs to the body: it mostly says how the next line does it.
+    """
+    node = find(ast.parse(text), name)
+    if node is None:
+        raise ValueError(f"there is no function {name}")
+    lines = text.splitlines()
+    if ast.get_docstring(node) is not None:
+        return range(node.body[0].end_lineno, node.end_lineno)
+    first = node.body[0].lineno - 1
+    while not lines[first - 1].strip() or lines[first - 1].lstrip().startswith("#"):
+        first -= 1
+    return range(first, node.end_lineno)
+
+
+def solution(text: str, name: str) -> list[str]:
+    """The lines of a function's body."""
+    return [text.splitlines()[number] for number in body_lines(text, name)]
+
+
+def definition(text: str, name: str) -> str:
+    """A whole function, from its decorators to its end, with the indentation it has."""
+    node = find(ast.parse(text), name)
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    return "\n".join(text.splitlines()[first - 1 : node.end_lineno])
+
+
+def blank(text: str, names: list[str], note: str) -> str:
+    """The same text, with `raise NotImplementedError("note: name")` for the body of each function."""
+    for name in names:
+        node = find(ast.parse(text), name)
+        numbers = body_lines(text, name)
+        lines = text.splitlines(keepends=True)
+        indent = " " * (node.col_offset + 4)
+        lines[numbers.start : numbers.stop] = [f'{indent}raise NotImplementedError("{note}: {name}")\n']
+        text = "".join(lines)
+    return text
+
+
+def is_blank(node: ast.FunctionDef) -> bool:
+    """True for a function whose body is nothing but a docstring and `raise NotImplementedError`."""
+    rest = node.body[1:] if ast.get_docstring(node) is not None else node.body
+    if len(rest) != 1 or not isinstance(rest[0], ast.Raise):
+        return False
+    raised = rest[0].exc.func if isinstance(rest[0].exc, ast.Call) else rest[0].exc
+    return isinstance(raised, ast.Name) and raised.id == "NotImplementedError"
+
+
+def written(text: str, names: list[str]) -> bool:
+    """True if one of the functions is no longer the stub it was. SyntaxError for text that does not parse."""
+    tree = ast.parse(text)
+    return not all((node := find(tree, name)) is not None and is_blank(node) for name in names)
+
+
+def is_released() -> bool:
+    """True in a hand-out, where the package itself is blank."""
+    return is_blank(find(ast.parse(read_module("lora")), "LoRALinear.forward"))

@@ -1,0 +1,149 @@
+"""The exercises' command line, and students' code that does its worst."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minilora.exercises.__main__ import main
+from minilora.exercises.attempts import read_progress, stub
+from minilora.exercises.catalog import EXERCISES
+from minilora.exercises.graft import package_sources
+from minilora.exercises.runner import run
+
+COUNT, FORWARD, RSLORA, MERGE = 1, 2, 7, 5  # exercises of one file that are used here
+
+
+def write(folder: Path, number: int, replace=None, text: str | None = None):
+    """A student's file: the stub with the body of its first function replaced, or a text of its own."""
+    exercise = EXERCISES[number]
+    (module,) = exercise.modules
+    if text is None:
+        first = exercise.modules[module][0]
+        text = stub(exercise, module, exercise.modules[module])
+        old = f'raise NotImplementedError("exercise {number:02d}: {first}")'
+        assert text.count(old) == 1
+        text = text.replace(old, replace)
+    folder.mkdir(exist_ok=True)
+    (folder / exercise.files[module]).write_text(text, encoding="utf-8")
+
+
+def package(number: int) -> str:
+    ((text, _),) = package_sources(EXERCISES[number]).values()
+    return text
+
+
+def test_list_names_every_exercise(capsys):
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:2] for line in lines] == [f"{number:02d}" for number in EXERCISES]
+
+
+def test_start_writes_the_stub_and_never_overwrites(tmp_path, capsys):
+    work = tmp_path / "work"
+    for number, exercise in EXERCISES.items():
+        assert main(["start", f"{number:02d}", "--work", str(work)]) == 0
+        for module, name in exercise.files.items():
+            assert (work / name).read_text(encoding="utf-8") == stub(exercise, module, exercise.modules[module])
+    assert "## Your answer" not in capsys.readouterr().out
+    mine = work / EXERCISES[COUNT].files["adapters.inject"]
+    mine.write_text("mine", encoding="utf-8")
+    mine.with_suffix(".md").unlink()
+    assert main(["start", "1", "--work", str(work)]) == 0
+    assert mine.read_text(encoding="utf-8") == "mine" and mine.with_suffix(".md").is_file()
+    assert f"{mine} is there already" in capsys.readouterr().out
+
+
+def test_hints_come_one_at_a_time(tmp_path, capsys):
+    work = ["--work", str(tmp_path)]
+    for number, text in enumerate(EXERCISES[FORWARD].hints, 1):
+        assert main(["hint", "02", *work]) == 0
+        assert capsys.readouterr().out == f"{number}. {text}\n"
+    assert main(["hint", "02", *work]) == 0
+    assert all(text in capsys.readouterr().out for text in EXERCISES[FORWARD].hints[:1])
+
+
+def test_check_says_right_wrong_and_not_attempted(tmp_path, capsys):
+    work = ["--work", str(tmp_path)]
+    assert main(["check", "02", *work]) == 2
+    assert "not attempted" in capsys.readouterr().out
+    main(["start", "02", *work])
+    assert main(["check", "02", *work]) == 2
+    assert main(["show", "02", *work]) == 2, "a solution is shown before an attempt"
+    assert "F.linear(F.linear" not in capsys.readouterr().out
+
+    write(tmp_path, FORWARD, "import warnings; warnings.warn('hm'); print('here'); return F.linear(x, W, bias)")
+    assert main(["check", "02", *work, "--seed", "3"]) == 1
+    out = capsys.readouterr().out
+    assert "WRONG    lora_reference: y = W x + b + s·B(A x)" in out and "on x = [[" in out and "off by" in out
+    assert "not written yet: exercise 02: LoRALinear.forward" in out and "your code printed:" in out
+    assert "with --seed 3 you get the same" in out
+    assert main(["show", "02", *work]) == 0
+    assert "warnings.warn('hm')" in (out := capsys.readouterr().out) and "scaling * F.linear(F.linear(x, A), B)" in out
+
+    write(tmp_path, FORWARD, text=package(FORWARD))
+    assert main(["check", "02", *work]) == 0
+    out = capsys.readouterr().out
+    assert out.count("  ok  ") == len(EXERCISES[FORWARD].properties) and EXERCISES[FORWARD].question in out
+    assert main(["status", *work]) == 0
+    assert "[####################] right" in capsys.readouterr().out
+    write(tmp_path, FORWARD, "return x")
+    main(["status", *work])
+    assert "changed since the last check" in (out := capsys.readouterr().out) and "0 of" in out.splitlines()[-1]
+    assert read_progress(tmp_path)["2"]["passed"] == len(EXERCISES[FORWARD].properties)
+
+
+@pytest.mark.parametrize(
+    "arguments, fault",
+    [
+        (["check", "99"], "there is no exercise 99"),
+        (["grade", "nowhere"], "there is no folder nowhere"),
+        (["release", "tests"], "tests is there already"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, fault, capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"error: {fault}")
+
+
+def test_whatever_the_code_does_there_is_an_answer(tmp_path):
+    """One folder, a different disaster in each exercise. What ends the process must not take the next ones along."""
+    disasters = {
+        1: ("raise SystemExit(0)", "ended the program (SystemExit)"),
+        2: ("return torch.zeros(10**12)", "memory"),
+        5: ("while True: pass", "stopped after 5 seconds"),
+        7: ("print('x' * 10**8, flush=True)", "OSError"),
+        8: ("return loraplus_groups(model, lr, ratio)", "RecursionError"),
+        9: ("import os; os._exit(0)", "ended the process"),
+        12: ("raise KeyboardInterrupt", "ended the program (KeyboardInterrupt)"),
+    }
+    files = {
+        4: ("def find_targets(:\n", f"invalid syntax, in line 1 of {EXERCISES[4].name}.py"),
+        6: ("import no_such_thing\n" + package(6), f"from line 1 of {EXERCISES[6].name}.py"),
+        10: ("x = 3\n", "has no function energy_rank"),
+        15: ("\0", "null bytes"),
+    }
+    for number, (body, _) in disasters.items():
+        write(tmp_path, number, body)
+    for number, (text, _) in files.items():
+        write(tmp_path, number, text=text)
+    (tmp_path / EXERCISES[14].files["quant"]).write_bytes(b"\xff\xfe")
+    write(tmp_path, 16, text=package(16))
+    expected = {number: says for number, (_, says) in {**disasters, **files}.items()} | {14: "is not UTF-8"}
+    results, printed = run(tmp_path, [*sorted(expected), 16], [0], limit=5)
+    for number, says in expected.items():
+        messages = [fault["message"] for fault in results[number].outcomes.values() if fault]
+        assert any(says in message for message in messages), f"{number}: expected {says!r}, got {messages}"
+        assert not results[number].right
+    assert results[16].right, results[16].outcomes
+    assert len(printed) <= 2000
+
+
+def test_check_ends_with_its_status_from_the_shell(tmp_path):
+    command = [sys.executable, "-m", "minilora.exercises", "check", "02"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "work" in done.stdout and not done.stderr, done.stderr
