@@ -1,0 +1,157 @@
+"""Exercise 02: the forward pass of a LoRA layer."""
+
+import torch
+
+from minilora.exercises.checking import SIZES, Draw, Exercise, expect, require
+from minilora.exercises.layers import lora_layer, written_out
+from minilora.lora import lora_reference
+
+EXERCISE = Exercise(
+    number=2,
+    slug="lora_forward",
+    title="The LoRA forward pass",
+    targets=("lora:lora_reference", "lora:LoRALinear.forward"),
+    difficulty=1,
+    minutes=25,
+    notebook="01_lora_from_scratch",
+    section="2. The layer",
+    explanation="""\
+A linear layer computes y = W x + b. LoRA leaves W (out, in) and b alone and adds a second path beside them, which
+squeezes x through a narrow waist of r numbers and widens it again:
+
+    y = W x + b + s·B(A x)        A (r, in), B (out, r), s = lora_alpha / r
+
+Nothing of size (out, in) is made: A x first, r numbers for each token, and then B of that. Inputs have any number of
+leading dimensions, (in,), (N, in) or (batch, T, in); only the last one is multiplied.
+
+`lora_reference` is that formula as a function. `LoRALinear.forward` is the same on the layer's own parts, and knows
+three states besides: switched off (`enabled` is False: the base layer's output), merged (the update lies in W already),
+and dropout while training, which acts on the input of A and nowhere else, so that W x keeps all of x. A switched-off
+layer that is merged uses `original_weight`, the W from before. You may leave out the two cheap ways (`FormedWeight`,
+`LowRankTerm`) and `start_A`: plain autograd over the formula is right.""",
+    hints=(
+        "nn.Linear stores W as (out, in) and computes x @ W.T; F.linear(x, W) does that for any leading dimensions.",
+        "The narrow path is F.linear(F.linear(x, A), B), times the scaling, which the layer has as self.scaling.",
+        "forward: `if not self.enabled` return the base's output (F.linear with original_weight if merged); `if "
+        "self.merged` return self.base_layer(x); otherwise base_layer(x) + self.scaling * B(A(dropout(x))), with "
+        "F.dropout(x, self.lora_dropout, self.training).",
+    ),
+    question="Why does LoRA's dropout act on the input of A only, and not on the sum W x + s·B(A x)?",
+    spoilers=("return self.base_layer(x) + self.scaling * F.linear(",),
+)
+
+
+@EXERCISE.property("lora_reference: y = W x + b + s·B(A x), with and without a bias")
+def reference(draw: Draw):
+    for most in SIZES:
+        n, d, out, r = (draw.integer(1, most) for _ in range(4))
+        W, A, B, bias = draw.normal(out, d), draw.normal(r, d), draw.normal(out, r), draw.normal(out)
+        x, s = draw.normal(n, d), draw.number(0.3, 3)
+        for b in (bias, None):
+            case = {"x": x, "W": W, "bias": b, "A": A, "B": B, "scaling": s}
+            y = lora_reference(x, W, b, A, B, s)
+            slips = {
+                "the update is not scaled: multiply B(A x) by the scaling": written_out(x, W, b, A, B, 1),
+                "the scaling reaches W x as well; it belongs to the update alone": s * written_out(x, W, b, A, B, 1),
+                "the bias is missing": written_out(x, W, None, A, B, s),
+                "the bias is scaled with the update": written_out(x, W, b, A, B, s) + (0 if b is None else (s - 1) * b),
+                "W x is missing: the update is added to the layer's output": s * x @ A.T @ B.T,
+            }
+            expect(y, written_out(x, W, b, A, B, s), case, slips, "y")
+
+
+@EXERCISE.property("forward: the same for a layer, with r and lora_alpha of any size")
+def formula(draw: Draw):
+    for most in SIZES:
+        layer = lora_layer(draw, most, r=draw.integer(2, most))
+        x = draw.normal(2, layer.in_features)
+        W, b, A, B, r, alpha = *layer.base_layer.parameters(), layer.lora_A, layer.lora_B, layer.r, layer.lora_alpha
+        slips = {
+            "your update is r times too large: did you divide alpha by r?": written_out(x, W, b, A, B, alpha),
+            "your update is not scaled: s = lora_alpha / r": written_out(x, W, b, A, B, 1),
+            "the scaling is upside down: s = lora_alpha / r": written_out(x, W, b, A, B, r / alpha),
+            "that is rsLoRA's scaling; plain LoRA divides by r": written_out(x, W, b, A, B, alpha / r**0.5),
+            "that is the base layer alone: the update is not added": written_out(x, W, b, A, B, 0),
+            "the scaling acts twice": written_out(x, W, b, A, B, (alpha / r) ** 2),
+        }
+        expect(layer(x), written_out(x, W, b, A, B, alpha / r), {"x": x, "r": r, "lora_alpha": alpha}, slips, "y")
+
+
+@EXERCISE.property("forward: any leading dimensions, (in,), (N, in), (batch, T, in)")
+def leading_dimensions(draw: Draw):
+    for most in SIZES:
+        layer = lora_layer(draw, most)
+        W, b, A, B, s = *layer.base_layer.parameters(), layer.lora_A, layer.lora_B, layer.scaling
+        for lead in ((), (3,), (2, 3), (2, 1, 3), (0,)):
+            x = draw.normal(*lead, layer.in_features)
+            expect(layer(x), written_out(x, W, b, A, B, s), {"shape of x": tuple(x.shape)}, what="y")
+
+
+@EXERCISE.property("forward: gradients of x, A and B as the formula has them")
+def gradients(draw: Draw):
+    for most in SIZES:
+        layer = lora_layer(draw, most)
+        x = draw.normal(3, layer.in_features).requires_grad_()
+        inputs = {"x": x, "A": layer.lora_A, "B": layer.lora_B}
+        W, b, s = *layer.base_layer.parameters(), layer.scaling
+        weights = draw.normal(3, layer.out_features)  # of the sum that is differentiated
+        expected = torch.autograd.grad(
+            (written_out(x, W, b, *list(inputs.values())[1:], s) * weights).sum(), [*inputs.values()]
+        )
+        found = torch.autograd.grad((layer(x) * weights).sum(), [*inputs.values()], allow_unused=True)
+        for name, got, wanted in zip(inputs, found, expected, strict=True):
+            slip = "something on the way is detached, or computed under no_grad"
+            require(got is not None, f"no gradient reaches {name}", {"in": layer.in_features, "r": layer.r}, slip)
+            expect(got, wanted, {"in": layer.in_features, "out": layer.out_features, "r": layer.r}, what=f"dL/d{name}")
+
+
+@EXERCISE.property("forward: switched off it is the base layer, merged or not")
+def switched_off(draw: Draw):
+    for most in SIZES:
+        layer = lora_layer(draw, most)
+        x, (W, b) = draw.normal(2, layer.in_features), layer.base_layer.parameters()
+        original, update = W.detach().clone(), layer.scaling * layer.lora_B @ layer.lora_A
+        base = written_out(x, original, b, layer.lora_A, layer.lora_B, 0)
+        layer.enabled = False
+        expect(layer(x), base, {"x": x, "enabled": False}, what="y")
+        layer.original_weight = original  # as merge() leaves it
+        W.data += update.detach()
+        slip = "while merged, base_layer's weight has the update in it; the W from before is in original_weight"
+        wrong = written_out(x, W, b, layer.lora_A, layer.lora_B, 0)
+        expect(layer(x), base, {"x": x, "enabled": False, "merged": True}, {slip: wrong}, "y")
+        layer.enabled = True
+        twice = written_out(x, W, b, layer.lora_A, layer.lora_B, layer.scaling)
+        slip = "merged, the update lies in W already: you add it a second time"
+        expect(layer(x), wrong, {"x": x, "enabled": True, "merged": True}, {slip: twice}, "y")
+
+
+@EXERCISE.property("forward: dropout on the input of A only, while training, and right on average")
+def dropout(draw: Draw):
+    layer = lora_layer(draw, 6, dropout=0.5)
+    W, b, A, B, s = *layer.base_layer.parameters(), layer.lora_A, layer.lora_B, layer.scaling
+    x = draw.normal(1, layer.in_features)
+    case = {"lora_dropout": 0.5, "in": layer.in_features}
+    expect(layer.eval()(x), written_out(x, W, b, A, B, s), {**case, "mode": "eval"}, what="y")
+    with torch.no_grad():
+        ys = layer.train()(x.expand(20000, -1))  # the same token, dropped 20,000 times
+    slip = "nothing is dropped while training: F.dropout(x, self.lora_dropout, self.training) is the input of A"
+    require(len(ys.unique(dim=0)) > 1, "expected different outputs for the same x while training", case, slip)
+    # Whatever is dropped of x, y - (W x + b) stays s·B A of a vector with entries 0 or 2 x.
+    possible = torch.cartesian_prod(*[torch.tensor([0.0, 2.0], dtype=x.dtype)] * layer.in_features).view(
+        -1, layer.in_features
+    )
+    outputs = written_out(x, W, b, A, B, 0) + s * (possible * x) @ A.T @ B.T
+    nearest = torch.cdist(ys.unique(dim=0), outputs).amin(1)
+    require(
+        nearest.max().item() < 1e-6,
+        "expected W x + b + s·B(A d) with d an x some of whose entries are 0 and the others doubled",
+        case,
+        "dropout acts on the sum, on A x or on the input of W as well; it belongs on the input of A alone",
+    )
+    mean, spread = ys.mean(0), ys.std(0) / len(ys) ** 0.5
+    off = ((mean - written_out(x, W, b, A, B, s)[0]).abs() / spread.clamp(min=1e-9)).max().item()
+    require(
+        off < 6,
+        f"expected the average of many passes to be the output without dropout; it is {off:.0f} standard errors off",
+        case,
+    )

@@ -1,0 +1,36 @@
+"""What the tests of the checkers share: mistakes, by name, and running a checker without a process of its own."""
+
+from dataclasses import dataclass
+
+from minilora.exercises.checking import Exercise, run_property
+from minilora.exercises.graft import grafted
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A mistake: `old` in the solution, which must occur once, becomes `new`; the checker must say `says`.
+
+    old, new: several replacements may be given as tuples of the same length.
+    """
+
+    name: str
+    old: str | tuple[str, ...]
+    new: str | tuple[str, ...]
+    says: str
+
+    def applied_to(self, solution: dict[str, str]) -> dict[str, str]:
+        sources = dict(solution)
+        pairs = [(self.old, self.new)] if isinstance(self.old, str) else zip(self.old, self.new, strict=True)
+        for old, new in pairs:
+            (module,) = (m for m, text in sources.items() for _ in range(text.count(old)))  # exactly one place
+            sources[module] = sources[module].replace(old, new)
+        return sources
+
+
+def failures(exercise: Exercise, sources: dict[str, str], seed: int) -> dict[str, dict]:
+    """By property, what is wrong with these sources (text by module); nothing for a right answer."""
+    files = {module: (text, f"<{exercise.files[module]}>") for module, text in sources.items()}
+    names = {filename: exercise.files[module] for module, (_, filename) in files.items()}
+    with grafted(exercise, files):
+        outcomes = {text: run_property(check, seed, names) for text, check in exercise.properties.items()}
+    return {text: outcome for text, outcome in outcomes.items() if outcome}

@@ -1,0 +1,70 @@
+"""The graders are graded: for every exercise the package's code passes, a differently written solution passes, and
+named mistakes fail, each with the sentence that belongs to it."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "exercises"))
+
+from mutants import failures
+
+from minilora.exercises.attempts import stub
+from minilora.exercises.catalog import EXERCISES
+from minilora.exercises.graft import Graft, package_sources
+
+ANSWERS = {number: importlib.import_module(exercise.name) for number, exercise in EXERCISES.items()}
+MUTANTS = [(number, mutant) for number, answers in ANSWERS.items() for mutant in answers.MUTANTS]
+
+
+def told(found: dict) -> str:
+    return "\n".join(f"{text}: {fault['message']} | {fault['case']} | {fault['slip']}" for text, fault in found.items())
+
+
+@pytest.mark.parametrize("number", EXERCISES)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_package_code_passes(number, seed):
+    sources = {module: text for module, (text, _) in package_sources(EXERCISES[number]).items()}
+    found = failures(EXERCISES[number], sources, seed)
+    assert not found, told(found)
+
+
+@pytest.mark.parametrize("number", EXERCISES)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_other_solution_passes(number, seed):
+    found = failures(EXERCISES[number], ANSWERS[number].SOLUTION, seed)
+    assert not found, told(found)
+
+
+@pytest.mark.parametrize("number, mutant", MUTANTS, ids=[f"{number:02d} {mutant.name}" for number, mutant in MUTANTS])
+def test_mutant_fails_with_its_message(number, mutant):
+    for seed in (0, 1):
+        found = failures(EXERCISES[number], mutant.applied_to(ANSWERS[number].SOLUTION), seed)
+        assert found, f"the checker passes it with seed {seed}"
+        assert mutant.says in told(found), told(found)
+
+
+@pytest.mark.parametrize("number", EXERCISES)
+def test_at_least_five_mutants(number):
+    names = {mutant.name for mutant in ANSWERS[number].MUTANTS}
+    assert len(names) == len(ANSWERS[number].MUTANTS) >= 5, f"{len(names)} named mutants"
+
+
+@pytest.mark.parametrize("number", EXERCISES)
+def test_in_a_handout_an_exercise_stands_on_those_before_it(number):
+    """All else is blank there. 03 alone looks ahead: what LoRALinear starts with has 07's scaling in it."""
+    blank, written = Graft(), Graft()
+    try:
+        for exercise in EXERCISES.values():
+            for module, names in exercise.modules.items():
+                blank.file(module, names, stub(exercise, module, names), "blank.py")
+        for earlier in [*range(1, number), *([7] if 3 <= number < 7 else [])]:
+            for module, text in ANSWERS[earlier].SOLUTION.items():
+                written.file(module, EXERCISES[earlier].modules[module], text, f"{earlier}.py")
+        found = failures(EXERCISES[number], ANSWERS[number].SOLUTION, 0)
+    finally:
+        written.undo()
+        blank.undo()
+    assert not found, told(found)
