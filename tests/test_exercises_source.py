@@ -90,6 +90,8 @@ def test_exercise_is_complete(exercise):
     ]
     headings = {line.lstrip("# ") for kind, line in cells if kind == "markdown" and line.startswith("#")}
     assert exercise.section in headings, f"{exercise.notebook} has no section {exercise.section!r}"
+    link = f"{exercise.number:02d} “{exercise.title}”"
+    assert any(link in line for _, line in cells), f"{exercise.notebook} does not lead to {link}"
     assert len(set(exercise.hints)) == 3 and "?" in exercise.question
     assert 4 <= len(exercise.properties) <= 12
     books = [path.read_text(encoding="utf-8") for path in (ROOT / "notebooks").glob("*.ipynb")]
@@ -142,8 +144,15 @@ from __future__ import annotations
 import math, statistics as numbers
 from fractions import Fraction
 
-DEPTH: "not an ordinary assignment, and not taken" = 1
-HALF = Fraction(1, 2)
+TWO: int = 2
+HALF = Fraction(1, TWO)
+try:
+    import no_such_package as fast
+except ImportError:
+    fast = None
+
+def merge(self):
+    return "a function of the same name, and not the method"
 
 def helper(x: NoSuchName) -> int:
     return numbers.mean([x, x])
@@ -156,7 +165,10 @@ class LoRALinear:
         return helper(x)
 
     def unmerge(self):
-        return super().__repr__()[:10], __class__
+        raise NotImplementedError("the stub, and further down the answer")
+
+    def unmerge(self):
+        return super().__repr__()[:10], __class__, fast
 
     def extra_repr(self):
         return "not an exercise, and not taken"
@@ -169,7 +181,7 @@ print("not taken", 1 / 0)
     graft = Graft()
     graft.file("lora", ["LoRALinear.merge", "LoRALinear.unmerge"], text, "mine.py")
     assert layer.merge() == 1.5
-    assert layer.unmerge() == ("LoRALinear", LoRALinear)
+    assert layer.unmerge() == ("LoRALinear", LoRALinear, None)
     assert layer.extra_repr().startswith("r=1")
     graft.undo()
     assert (LoRALinear.merge, LoRALinear.unmerge) == methods

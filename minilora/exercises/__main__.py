@@ -31,7 +31,7 @@ def chosen(options) -> Exercise:
 def list_exercises(options) -> int:
     for exercise in EXERCISES.values():
         print(
-            f"{exercise.number:02d}  {'*' * exercise.difficulty:4}{exercise.minutes:3d} min  {exercise.title:50}"
+            f"{exercise.number:02d}  {'*' * exercise.difficulty:4}{exercise.minutes:3d} min  {exercise.title:52}"
             f"notebook {exercise.notebook[:2]}, {exercise.section}"
         )
     return 0

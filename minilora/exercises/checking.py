@@ -143,6 +143,8 @@ def difference(found, expected, tolerance: float) -> str:
     if expected.is_floating_point() != found.is_floating_point():
         return f"expected numbers of type {expected.dtype}, got {found.dtype}"
     wide, wanted = found.detach().double(), expected.detach().double()
+    if not wide.isfinite().all() and wanted.isfinite().all():
+        return f"expected finite numbers, got {show(found)} with NaN or infinity in it"
     off = (wide - wanted).abs()
     largest, scale = off.max().item() if off.numel() else 0.0, wanted.abs().max().item() if off.numel() else 0.0
     if largest <= tolerance * max(scale, 1e-30) if tolerance else torch.equal(wide, wanted):

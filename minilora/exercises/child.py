@@ -40,8 +40,10 @@ def limit_resources():
 
 def check(exercise: Exercise, properties: dict[str, Callable], folder: Path, seeds: list[int], say):
     """Says how each property of one exercise fares, for the first of the seeds that refutes it."""
+    names: dict[str, str] = {}
     try:
         sources = read_sources(exercise, folder)
+        names = {path: Path(path).name for _, path in sources.values()}
         if not attempted(exercise, sources):
             say(attempted=False)
             return
@@ -53,7 +55,6 @@ def check(exercise: Exercise, properties: dict[str, Callable], folder: Path, see
                     if other is not exercise and attempted(other, theirs):
                         stack.enter_context(grafted(other, theirs))
             stack.enter_context(grafted(exercise, sources))
-            names = {path: Path(path).name for _, path in sources.values()}
             for statement, function in properties.items():
                 say(property=statement)
                 outcomes = (run_property(function, seed, names) | {"seed": seed} for seed in seeds)
@@ -63,7 +64,6 @@ def check(exercise: Exercise, properties: dict[str, Callable], folder: Path, see
         where = f"line {error.lineno} of {Path(error.filename or '').name}"
         say(property="the file is Python", outcome={"message": f"{error.msg}, in {where}: {text}"})
     except (Exception, SystemExit) as error:
-        names = {path: Path(path).name for _, path in sources.values()} if "sources" in locals() else {}
         say(property="the file can be used", outcome={"message": explain(error, names)})
 
 

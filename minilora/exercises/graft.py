@@ -20,9 +20,9 @@ from types import FunctionType, ModuleType
 from minilora.exercises.source import find, read_module
 
 CODE = ("__code__", "__defaults__", "__kwdefaults__")  # what a call of a function depends on
-FUTURE = (
-    __future__.annotations.compiler_flag
-)  # annotations are not evaluated: they may name what the package's module does not
+# Annotations are not evaluated: they may name what the package's module does not.
+FUTURE = __future__.annotations.compiler_flag
+EXTRAS = (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.Try)
 ABSENT = object()
 
 
@@ -57,6 +57,7 @@ class Graft:
         if missing:
             raise ValueError(f"{filename} has no function {', '.join(missing)}; the name must stay as it was given")
         module = importlib.import_module(f"minilora.{module_name}")
+        self.modules.append(module)
         before = {name for of, name in self.extras if of == module_name}
         for node in extras(tree, set(vars(module)) - before):
             for name, value in run(node, filename, module).items():
@@ -71,10 +72,8 @@ class Graft:
                 self.put(getattr(module, name), attribute, getattr(new, attribute))
 
         for class_name in dict.fromkeys(name.split(".")[0] for name in names if "." in name):
-            (node,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
             methods = [name.split(".")[1] for name in names if name.startswith(f"{class_name}.")]
-            self.methods(getattr(module, class_name), methods, node, module, filename)
-        self.modules.append(module)
+            self.methods(getattr(module, class_name), methods, find(tree, class_name), module, filename)
         forget(module)
 
     def methods(self, owner: type, names: list[str], node: ast.ClassDef, module: ModuleType, filename: str):
@@ -110,18 +109,28 @@ def run(node: ast.stmt, filename: str, module: ModuleType) -> dict:
 def extras(tree: ast.Module, known: set[str]) -> Iterator[ast.stmt]:
     """The imports, definitions and assignments of names that the package's module does not have."""
     for node in tree.body:
-        if isinstance(node, (ast.Import, ast.ImportFrom)) and getattr(node, "module", "") != "__future__":
-            node.names = [alias for alias in node.names if (alias.asname or alias.name).split(".")[0] not in known]
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            if getattr(node, "module", "") == "__future__":
+                continue
+            node.names = [alias for alias in node.names if alias_name(alias) not in known]
             if node.names:
                 yield node
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in known:
-            yield node
-        elif isinstance(node, ast.Assign) and not {name.id for name in ast.walk(node) if is_target(name)} & known:
+        elif isinstance(node, EXTRAS) and not defined(node) & known:
             yield node
 
 
-def is_target(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+def defined(node: ast.stmt) -> set[str]:
+    """The names that a definition, an assignment or a `try` around imports gives a value to."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return {node.name}
+    inside = list(ast.walk(node))
+    stored = {name.id for name in inside if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+    return stored | {alias_name(alias) for alias in inside if isinstance(alias, ast.alias)}
+
+
+def alias_name(alias: ast.alias) -> str:
+    """The name that an import gives a value to."""
+    return (alias.asname or alias.name).split(".")[0]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 START = 120  # seconds that Python and torch may take to load
-LIMIT = 20  # seconds for all properties of one exercise
+LIMIT = 30  # seconds for all properties of one exercise
 PRINTED = 2000  # characters of its output that are kept
 
 

@@ -19,25 +19,30 @@ def read_module(module: str) -> str:
     return path_of(module).read_text(encoding="utf-8")
 
 
-def find(tree: ast.AST, name: str) -> ast.FunctionDef | None:
-    """The definition of "function" or "Class.method", or None."""
-    *classes, function = name.split(".")
-    for part in classes:
-        tree = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == part), None)
+def find(tree: ast.AST, name: str) -> ast.FunctionDef | ast.ClassDef | None:
+    """The definition of "function", "Class" or "Class.method", or None. Of several the last, as Python has it."""
+    for part in name.split("."):
+        found = (node for node in reversed(tree.body) if getattr(node, "name", "") == part)
+        tree = next((node for node in found if isinstance(node, (ast.FunctionDef, ast.ClassDef))), None)
         if tree is None:
             return None
-    return next((node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function), None)
+    return tree
+
+
+def find_function(text: str, name: str) -> ast.FunctionDef:
+    """`find` in a text. Raises SyntaxError, and ValueError where there is none of that name."""
+    node = find(ast.parse(text), name)
+    if not isinstance(node, ast.FunctionDef):
+        raise ValueError(f"there is no function {name}")
+    return node
 
 
 def body_lines(text: str, name: str) -> range:
-    """The line numbers (from 0) of a function's body, behind its docstring, with comments. ValueError if it is absent.
+    """The line numbers (from 0) of a function's body, behind its docstring, with comments.
 
     A first comment belongs to the body: it mostly says how the next line does it.
     """
-    node = find(ast.parse(text), name)
-    if node is None:
-        raise ValueError(f"there is no function {name}")
-    lines = text.splitlines()
+    node, lines = find_function(text, name), text.splitlines()
     if ast.get_docstring(node) is not None:
         return range(node.body[0].end_lineno, node.end_lineno)
     first = node.body[0].lineno - 1
@@ -53,7 +58,7 @@ def solution(text: str, name: str) -> list[str]:
 
 def definition(text: str, name: str) -> str:
     """A whole function, from its decorators to its end, with the indentation it has."""
-    node = find(ast.parse(text), name)
+    node = find_function(text, name)
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
     return "\n".join(text.splitlines()[first - 1 : node.end_lineno])
 
@@ -61,10 +66,8 @@ def definition(text: str, name: str) -> str:
 def blank(text: str, names: list[str], note: str) -> str:
     """The same text, with `raise NotImplementedError("note: name")` for the body of each function."""
     for name in names:
-        node = find(ast.parse(text), name)
-        numbers = body_lines(text, name)
-        lines = text.splitlines(keepends=True)
-        indent = " " * (node.col_offset + 4)
+        indent = " " * (find_function(text, name).col_offset + 4)
+        numbers, lines = body_lines(text, name), text.splitlines(keepends=True)
         lines[numbers.start : numbers.stop] = [f'{indent}raise NotImplementedError("{note}: {name}")\n']
         text = "".join(lines)
     return text

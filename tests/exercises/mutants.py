@@ -22,8 +22,9 @@ class Mutant:
         sources = dict(solution)
         pairs = [(self.old, self.new)] if isinstance(self.old, str) else zip(self.old, self.new, strict=True)
         for old, new in pairs:
-            (module,) = (m for m, text in sources.items() for _ in range(text.count(old)))  # exactly one place
-            sources[module] = sources[module].replace(old, new)
+            places = [module for module, text in sources.items() for _ in range(text.count(old))]
+            assert len(places) == 1, f"{self.name}: {old!r} occurs {len(places)} times in the solution, not once"
+            sources[places[0]] = sources[places[0]].replace(old, new)
         return sources
 
 
