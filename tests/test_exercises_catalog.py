@@ -2,13 +2,8 @@
 named mistakes fail, each with the sentence that belongs to it."""
 
 import importlib
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "exercises"))
-
 from mutants import failures
 
 from minilora.exercises.attempts import stub

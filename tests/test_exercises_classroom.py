@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent / "exercises"))
-
 from minilora.exercises.attempts import stub
 from minilora.exercises.catalog import EXERCISES
 from minilora.exercises.classroom import exercise_told, grade, release, solution_lines
