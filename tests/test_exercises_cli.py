@@ -62,7 +62,8 @@ def test_hints_come_one_at_a_time(tmp_path, capsys):
         assert main(["hint", "02", *work]) == 0
         assert capsys.readouterr().out == f"{number}. {text}\n"
     assert main(["hint", "02", *work]) == 0
-    assert all(text in capsys.readouterr().out for text in EXERCISES[FORWARD].hints[:1])
+    out = capsys.readouterr().out
+    assert all(text in out for text in EXERCISES[FORWARD].hints)
 
 
 def test_check_says_right_wrong_and_not_attempted(tmp_path, capsys):
@@ -114,7 +115,7 @@ def test_whatever_the_code_does_there_is_an_answer(tmp_path):
     disasters = {
         1: ("raise SystemExit(0)", "ended the program (SystemExit)"),
         2: ("return torch.zeros(10**12)", "memory"),
-        5: ("while True: pass", "stopped after 5 seconds"),
+        5: ("while True: pass", "after 1 seconds of computing: a loop without an end"),
         7: ("print('x' * 10**8, flush=True)", "OSError"),
         8: ("return loraplus_groups(model, lr, ratio)", "RecursionError"),
         9: ("import os; os._exit(0)", "ended the process"),
@@ -122,8 +123,11 @@ def test_whatever_the_code_does_there_is_an_answer(tmp_path):
     }
     files = {
         4: ("def find_targets(:\n", f"invalid syntax, in line 1 of {EXERCISES[4].name}.py"),
-        6: ("import no_such_thing\n" + package(6), f"from line 1 of {EXERCISES[6].name}.py"),
-        10: ("x = 3\n", "has no function energy_rank"),
+        6: ("x = 3\n", "has no function save_adapter"),
+        10: (
+            "import no_such_thing as no\ndef energy_rank(*a): return no\ndef pissa(*a): pass\n",
+            f"from line 1 of {EXERCISES[10].name}.py",
+        ),
         15: ("\0", "null bytes"),
     }
     for number, (body, _) in disasters.items():
@@ -133,7 +137,7 @@ def test_whatever_the_code_does_there_is_an_answer(tmp_path):
     (tmp_path / EXERCISES[14].files["quant"]).write_bytes(b"\xff\xfe")
     write(tmp_path, 16, text=package(16))
     expected = {number: says for number, (_, says) in {**disasters, **files}.items()} | {14: "is not UTF-8"}
-    results, printed = run(tmp_path, [*sorted(expected), 16], [0], limit=5)
+    results, printed = run(tmp_path, [*sorted(expected), 16], [0], limit=1)
     for number, says in expected.items():
         messages = [fault["message"] for fault in results[number].outcomes.values() if fault]
         assert any(says in message for message in messages), f"{number}: expected {says!r}, got {messages}"

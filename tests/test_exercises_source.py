@@ -127,6 +127,36 @@ def test_a_function_is_replaced_for_all_who_hold_it():
     assert count_parameters(model) == before
 
 
+@pytest.mark.parametrize("decorator", ["@torch.no_grad()", "@functools.cache", "@functools.wraps(print)"])
+def test_a_decorated_function_is_replaced_as_well(decorator):
+    text = (
+        f"import functools\nimport torch\nlayer = 1 / 0\n{decorator}\ndef count_parameters(model):\n    return 'mine'"
+    )
+    graft = Graft()
+    graft.file("adapters.inject", ["count_parameters"], text, "mine.py")
+    assert minilora.count_parameters(3) == "mine"
+    graft.undo()
+    assert count_parameters(nn.Linear(1, 1)) == (2, 2)
+
+
+def test_helpers_of_two_files_do_not_meet_unless_they_differ():
+    text = (
+        "from itertools import {}\nx = 1\nx = x + {}\n"
+        "class LoRALinear:\n    ONE = 1\n    def {}(self):\n        return chain, x"
+    )
+    files = text.format("chain, product", 1, "merge"), text.format("product, chain, repeat", 1, "unmerge")
+    graft = Graft()
+    graft.file("lora", ["LoRALinear.merge"], files[0], "first.py")
+    graft.undo()
+    graft.file("lora", ["LoRALinear.merge"], files[0], "first.py")
+    graft.file("lora", ["LoRALinear.unmerge"], files[1], "second.py")
+    assert LoRALinear.merge(None) == LoRALinear.unmerge(None) and LoRALinear.ONE == 1
+    with pytest.raises(ValueError, match="second.py and first.py both define x"):
+        graft.file("lora", ["LoRALinear.unmerge"], text.format("chain", 2, "unmerge"), "second.py")
+    graft.undo()
+    assert not hasattr(LoRALinear, "ONE") and not hasattr(minilora.lora, "x")
+
+
 def test_tables_made_from_a_function_are_made_anew():
     before = LEVELS["int4"].clone()
     graft = Graft()
@@ -207,9 +237,8 @@ class DoRALinear:
     "text, fault",
     [
         ("def other(): pass", "no function count_parameters"),
-        ("import functools\n@functools.cache\ndef count_parameters(model): pass", "take its decorator off"),
         ("def count_parameters(:", "invalid syntax"),
-        ("x = 1 / 0\ndef count_parameters(model): pass", "division by zero"),
+        ("x = 1 / 0\ndef count_parameters(model): return x", "division by zero"),
     ],
 )
 def test_a_file_that_cannot_be_used_says_why_and_changes_nothing(text, fault):

@@ -80,7 +80,7 @@ def read_sources(exercise: Exercise, folder: Path) -> dict[str, tuple[str, str]]
     for module, names in exercise.modules.items():
         path = folder / exercise.files[module]
         try:
-            text = path.read_text(encoding="utf-8") if path.is_file() else stub(exercise, module, names)
+            text = path.read_text(encoding="utf-8-sig") if path.is_file() else stub(exercise, module, names)
         except UnicodeDecodeError:
             raise ValueError(f"{path.name} is not UTF-8 text") from None
         sources[module] = text, str(path)
@@ -114,7 +114,10 @@ def digest(exercise: Exercise, folder: Path) -> str:
 
 def read_progress(folder: Path) -> dict:
     path = folder / "progress.json"
-    return read_json(path) if path.is_file() else {}
+    progress = read_json(path) if path.is_file() else {}
+    if not all(isinstance(known, dict) for known in progress.values()):
+        raise ValueError(f"{path} is not what `check` wrote; delete it, only `status` and `hint` look into it")
+    return progress
 
 
 def record(exercise: Exercise, folder: Path, **changes):

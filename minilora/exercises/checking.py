@@ -15,12 +15,16 @@ the student came to it.
 """
 
 import math
+import random
+import re
+import tempfile
 import traceback
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -134,7 +138,7 @@ def difference(found, expected, tolerance: float) -> str:
             same = math.isclose(found, expected, rel_tol=tolerance, abs_tol=1e-12)
         else:
             same = type(found) is type(expected) and found == expected
-        kind = "" if type(found) in (type(expected), int, float) else f"{type(found).__name__} "
+        kind = "" if type(found) is type(expected) else f"{type(found).__name__} "
         return "" if same else f"expected {show(expected)}, got {kind}{show(found)}"
     if not isinstance(found, Tensor):
         return f"expected a tensor of shape {tuple(expected.shape)}, got {type(found).__name__} {brief(repr(found))}"
@@ -143,6 +147,8 @@ def difference(found, expected, tolerance: float) -> str:
     if expected.is_floating_point() != found.is_floating_point():
         return f"expected numbers of type {expected.dtype}, got {found.dtype}"
     wide, wanted = found.detach().double(), expected.detach().double()
+    if torch.equal(wide, wanted):
+        return ""
     if not wide.isfinite().all() and wanted.isfinite().all():
         return f"expected finite numbers, got {show(found)} with NaN or infinity in it"
     off = (wide - wanted).abs()
@@ -197,28 +203,37 @@ def brief(text: str, most: int = 200) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def run_property(function: Callable, seed: int, files: Mapping[str, str]) -> dict:
-    """Runs one property: {} if it holds, else {"message", "case", "slip"}, and "missing" for a function not written.
+def run_property(statement: str, function: Callable, seed: int, files: Mapping[str, str]) -> dict:
+    """Runs one property: {} if it holds, else {"message", "case", "slip"}.
 
     files: by the name under which the student's code was compiled, what to call it.
     """
-    torch.manual_seed(seed)
+    for set_seed in (torch.manual_seed, random.seed, lambda seed: numpy.random.seed(seed % 2**32)):
+        set_seed(seed)
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)
     try:
-        function(Draw(seed, function.__name__))
+        function(Draw(seed, statement))
+        return {}
     except Wrong as wrong:
-        return {"message": wrong.message, "case": wrong.case, "slip": wrong.slip}
-    except NotImplementedError as error:
-        return {"message": f"not written yet: {error}", "case": "", "slip": "", "missing": str(error)}
+        fault = wrong.message, wrong.case, wrong.slip
     except (SystemExit, KeyboardInterrupt) as stop:
-        return {"message": f"your code ended the program ({type(stop).__name__})", "case": "", "slip": ""}
+        fault = f"your code ended the program ({type(stop).__name__})", "", ""
+    except NotImplementedError as error:
+        ours = str(error).startswith("exercise ")  # torch has such errors too
+        fault = f"not written yet: {error}" if ours else explain(error, files), "", ""
     except Exception as error:
-        return {"message": explain(error, files), "case": "", "slip": ""}
-    return {}
+        fault = explain(error, files), "", ""
+    return dict(zip(("message", "case", "slip"), map(tidy, fault), strict=True))
 
 
-def explain(error: Exception, files: Mapping[str, str]) -> str:
+def tidy(text: str) -> str:
+    """Without what differs from run to run: addresses of objects, and the names of temporary folders."""
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+    return re.sub(re.escape(tempfile.gettempdir()) + r"[/\\]tmp\w+", "<temporary folder>", text)
+
+
+def explain(error: BaseException, files: Mapping[str, str]) -> str:
     """An exception in one line, with the last line of the student's own code on its way."""
     text = f"{type(error).__name__}: {brief(' '.join(str(error).split()))}"
     for frame in reversed(traceback.extract_tb(error.__traceback__)):

@@ -47,6 +47,9 @@ def release(out: Path) -> tuple[Path, list[str]]:
         raise ValueError(f"a hand-out is made from a whole checkout; {root} has no {', '.join(missing)}")
     if is_released():
         raise ValueError(f"{root} is a hand-out itself")
+    inside = [name for name in (*HANDED_OUT, PACKAGE.name) if (root / name) in out.resolve().parents]
+    if inside:
+        raise ValueError(f"{out} lies in {inside[0]}, which is handed out itself; give a folder elsewhere")
     if out.exists():
         raise ValueError(f"{out} is there already; give the name of a new folder")
     lines = solution_lines()
@@ -176,7 +179,8 @@ def grade(
         total = round(sum(part["points"] for part in parts.values()), 4)
         return {"submission": path.name, "total": total, "exercises": parts}
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # the work is in processes; threads wait for them
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(max_workers=cores) as pool:  # the work is in processes; threads wait for them
         judged = tqdm(pool.map(judge, submissions), "grading", len(submissions), disable=not progress)
         graded = list(judged)
     most = sum(points.get(number, 1) for number in numbers)
@@ -216,13 +220,16 @@ def read_private(path: Path | None, seed: int) -> tuple[list[int], dict[int, flo
         raise FileNotFoundError(f"there is no file {path}")
     try:
         private = runpy.run_path(str(path))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
     seeds, points = private.get("SEEDS", [seed]), private.get("POINTS", {})
     if not isinstance(seeds, list) or not seeds or not all(type(value) is int for value in seeds):
         raise ValueError(f"{path} has SEEDS {seeds!r}; a list of whole numbers is needed")
-    for name in ("POINTS", "PROPERTIES"):
-        value = private.get(name, {})
-        if not isinstance(value, dict) or not set(value) <= set(EXERCISES):
-            raise ValueError(f"{path} has {name} {value!r}; a dictionary by number of exercise is needed")
+    kinds = {"POINTS": lambda value: isinstance(value, (int, float)) and value >= 0}
+    kinds["PROPERTIES"] = lambda value: isinstance(value, dict) and all(map(callable, value.values()))
+    for name, fits in kinds.items():
+        given = private.get(name, {})
+        if not isinstance(given, dict) or not set(given) <= set(EXERCISES) or not all(map(fits, given.values())):
+            what = "its points" if name == "POINTS" else "a dictionary of functions by statement"
+            raise ValueError(f"{path} has {name} {given!r}; by number of exercise {what} is needed")
     return seeds, points

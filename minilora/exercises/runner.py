@@ -1,7 +1,7 @@
 """Runs students' code in a process of its own, with limits on time, memory and output, and hears what becomes of it.
 
-Whatever the code does, there is an answer: an endless loop is stopped, a process that ends early is noticed, and the
-exercises that were still to come go on in a new one. It is a fence against accidents and not against malice: the code
+Whatever the code does, there is an answer: an endless loop is stopped, a process that ends early is noticed, and what
+was still to come goes on in a new one. It is a fence against accidents and not against malice: the code
 runs with the rights of who starts it. Grade strangers' code in a container.
 """
 
@@ -13,12 +13,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 START = 120  # seconds that Python and torch may take to load
-LIMIT = 30  # seconds for all properties of one exercise
+LIMIT = 10  # seconds of computing for one property
+WALL = 5  # times as many seconds by the clock, for code that waits, and for machines that are busy
+ENDS = 2  # times that an exercise may end the process before the rest of it is given up
 PRINTED = 2000  # characters of its output that are kept
 
 
@@ -44,25 +45,39 @@ class Result:
 def run(
     folder: Path, numbers: list[int], seeds: list[int], private: Path | None = None, limit: float = LIMIT
 ) -> tuple[dict[int, Result], str]:
-    """Checks the exercises of one folder in order: results by number, and what the code printed, in short."""
+    """Checks the exercises of one folder in order: results by number, and what the code printed, in short.
+
+    limit: seconds of computing for each property and seed. Raises OSError if no process can be started.
+    """
     results: dict[int, Result] = {}
+    ends: list[int] = []  # the exercises that ended a process, as often as they did
     printed = ""
-    while left := [number for number in numbers if number not in results]:
-        results_before = len(results)
-        printed += run_process(folder, left, seeds, private, limit, results)
-        if len(results) == results_before:
-            raise RuntimeError(f"the process that checks {folder} ended before it began:\n{printed[-PRINTED:]}")
+    left = list(numbers)
+    while left:
+        job = {"folder": str(folder.resolve()), "exercises": left, "seeds": seeds, "limit": limit}
+        job |= {"private": str(private.resolve()) if private else None, "done": []}
+        if left[0] in results:  # it ended the last process; its other properties are still to come
+            job["done"] = list(results[left[0]].outcomes)
+        ended, text = run_process(job, results)
+        printed += text
+        if ended is None:
+            break
+        if ended not in results:
+            raise OSError(f"the process that checks {folder} ended before it began:\n{text[-PRINTED:]}")
+        ends.append(ended)
+        left = left[left.index(ended) :]
+        before_any = not results[ended].outcomes.keys() & set(results[ended].statements)
+        if before_any or ends.count(ended) == ENDS or len(results[ended].outcomes) == len(results[ended].statements):
+            left = left[1:]
     return results, printed[:PRINTED]
 
 
-def run_process(folder, numbers, seeds, private, limit, results: dict[int, Result]) -> str:
-    """One process, up to the first exercise that ends it. Fills `results`; returns what was printed."""
-    job = {"folder": str(folder.resolve()), "exercises": numbers, "seeds": seeds}
-    job["private"] = str(private.resolve()) if private else None
+def run_process(job: dict, results: dict[int, Result]) -> tuple[int | None, str]:
+    """One process. Fills `results`; returns the exercise that ended it, if one did, and what was printed."""
     # Python finds the package where this one was found, whatever folder the user stands in.
     here = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "PYTHONHASHSEED": "0"}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "minilora.exercises.child"],
@@ -74,17 +89,17 @@ def run_process(folder, numbers, seeds, private, limit, results: dict[int, Resul
             encoding="utf-8",
         )
         try:
-            process.stdin.write(json.dumps(job))
-            process.stdin.close()
-            follow(process, limit, results)
+            process.stdin.write(json.dumps(job) + "\n")  # stays open: by that the child knows that we are alive
+            process.stdin.flush()
+            ended = follow(process, job, results)
         finally:
             stop(process)
         output.seek(0)
-        return output.read(PRINTED)
+        return ended, output.read(PRINTED)
 
 
-def follow(process: subprocess.Popen, limit: float, results: dict[int, Result]):
-    """Hears the process out, until it ends or has been silent on one exercise for too long."""
+def follow(process: subprocess.Popen, job: dict, results: dict[int, Result]) -> int | None:
+    """Hears the process out, until it has done all, ends, or is silent for too long: the exercise at which it did."""
     lines: queue.Queue = queue.Queue()
 
     def listen():
@@ -93,28 +108,29 @@ def follow(process: subprocess.Popen, limit: float, results: dict[int, Result]):
         lines.put(None)
 
     threading.Thread(target=listen, daemon=True).start()
-    current, statement, deadline = None, "the file can be used", time.monotonic() + START
+    number, statement, patience = job["exercises"][0], "the file can be used", START
     while True:
         try:
-            line = lines.get(timeout=max(0.0, deadline - time.monotonic()))
-            fault = "" if line else "your code ended the process: it exited, crashed, or took too much memory"
+            line = lines.get(timeout=patience)
+            fault = "your code ended the process: it exited, crashed, or took too much memory"
         except queue.Empty:
-            line, fault = None, f"stopped after {limit:g} seconds: a loop without an end, or far too slow"
+            line, fault = None, f"stopped after {patience:g} seconds: it waits, or is far too slow"
         if line is None:
-            if current is not None:
-                current.outcomes[statement] = {"message": fault, "case": "", "slip": ""}
-            return
+            if number in results:
+                results[number].outcomes[statement] = {"message": fault}
+            return number
         said = json.loads(line)
+        patience = WALL * job["limit"] * len(job["seeds"])
         if "begin" in said:
-            current = results[said["begin"]] = Result(said["begin"], said["statements"])
-            statement, deadline = "the file can be used", time.monotonic() + limit
+            number, statement = said["begin"], "the file can be used"
+            results.setdefault(number, Result(number, said["statements"]))
         if "attempted" in said:
-            current.attempted = said["attempted"]
+            results[number].attempted = said["attempted"]
         statement = said.get("property", statement)
         if "outcome" in said:
-            current.outcomes[statement] = said["outcome"]
-        if "end" in said:
-            current = None
+            results[number].outcomes[statement] = said["outcome"]
+        if said.get("end") == job["exercises"][-1]:
+            return None
 
 
 def stop(process: subprocess.Popen):
@@ -127,4 +143,5 @@ def stop(process: subprocess.Popen):
     except (ProcessLookupError, PermissionError):
         pass
     process.wait()
+    process.stdin.close()
     process.stdout.close()

@@ -33,5 +33,5 @@ def failures(exercise: Exercise, sources: dict[str, str], seed: int) -> dict[str
     files = {module: (text, f"<{exercise.files[module]}>") for module, text in sources.items()}
     names = {filename: exercise.files[module] for module, (_, filename) in files.items()}
     with grafted(exercise, files):
-        outcomes = {text: run_property(check, seed, names) for text, check in exercise.properties.items()}
+        outcomes = {text: run_property(text, check, seed, names) for text, check in exercise.properties.items()}
     return {text: outcome for text, outcome in outcomes.items() if outcome}
