@@ -105,6 +105,7 @@ def test_handout_is_a_place_to_work_in(handout):
     """Stubs start from it, what they stand on is named, and answers count, with all that was written before."""
     folder, _ = handout
     write_answers(folder / "work", FORWARD, 6)
+    (folder / "work" / EXERCISES[RSLORA].files["lora"]).write_text("def (", encoding="utf-8")  # half typed
     write_answers(folder / "class/ada", *EXERCISES)
     verbs = [
         ["start", "04"],
@@ -119,6 +120,7 @@ def test_handout_is_a_place_to_work_in(handout):
     assert started.read_bytes() == (folder / "minilora/adapters/inject.py").read_bytes()
     assert [status for status, _ in done] == [0, 0, 1, 2, 2, 0], done
     assert "not written yet: exercise 04: find_targets" in done[2][1]
+    assert f"{EXERCISES[RSLORA].name} is left out: SyntaxError" in done[1][1]
     assert "not in this hand-out" in done[3][1] and "is a hand-out itself" in done[4][1]
     assert f"ada,{'1.0,' * len(EXERCISES)}{float(len(EXERCISES))},{len(EXERCISES)}" in done[5][1]
 

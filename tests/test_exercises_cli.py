@@ -1,5 +1,6 @@
 """The exercises' command line, and students' code that does its worst."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -144,6 +145,41 @@ def test_whatever_the_code_does_there_is_an_answer(tmp_path):
         assert not results[number].right
     assert results[16].right, results[16].outcomes
     assert len(printed) <= 2000
+
+
+def test_one_property_does_not_take_the_others_along(tmp_path):
+    """The reference ends the process in 02, twice, and fills the output; the layer is right, and so is 07 after it."""
+    answer = importlib.import_module(EXERCISES[FORWARD].name).SOLUTION["lora"]
+    reference = "def lora_reference(x, W, bias, A, B, scaling):\n"
+    assert answer.count(reference) == 1
+    for ending, says in (
+        ("    import os; print('x' * 10**7, flush=True); os._exit(0)\n", "ended the process"),
+        ("    while True: pass\n", "a loop without an end, or far too slow, from line"),
+    ):
+        write(tmp_path, FORWARD, text=answer.replace(reference, reference + ending))
+        write(
+            tmp_path,
+            RSLORA,
+            text="import sys\n"
+            + package(RSLORA).replace(
+                "    return lora_alpha /", "    print('hm', file=sys.stderr)\n    return lora_alpha /"
+            ),
+        )
+        results, _ = run(tmp_path, [FORWARD, RSLORA], [0], limit=2)
+        assert results[RSLORA].right, results[RSLORA].outcomes
+        faults = {statement: fault["message"] for statement, fault in results[FORWARD].outcomes.items() if fault}
+        assert len(faults) == 1 and says in faults.popitem()[1], faults
+        assert results[FORWARD].passed == len(EXERCISES[FORWARD].properties) - 1
+
+
+def test_verdict_stands_where_it_cannot_be_noted_or_printed_in_full(tmp_path, capsys):
+    write(tmp_path, RSLORA, text="\ufeff" + package(RSLORA))
+    (tmp_path / "progress.json").write_text("{", encoding="utf-8")
+    command = [sys.executable, "-m", "minilora.exercises", "check", "07", "--work", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="cp1252")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "right." in done.stdout and "not noted" in done.stdout
 
 
 def test_check_ends_with_its_status_from_the_shell(tmp_path):
