@@ -291,6 +291,9 @@ def test_use_refuses_by_name_and_leaves_the_package_alone(tmp_path):
     assert minilora.lora.lora_reference.__code__ is code and not hasattr(minilora.lora, "helper")
     (tmp_path / second.files["lora"]).write_text(helper.format(1) + merge, encoding="utf-8")
     assert len(use(tmp_path)) == 2 + len(second.modules["lora"])
+    (tmp_path / second.files["lora"]).write_text("import no_such_thing as helper\n" + merge, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{second.files['lora']} cannot be used: ModuleNotFoundError"):
+        use(tmp_path)
     (tmp_path / second.files["lora"]).write_text("def (", encoding="utf-8")
     with pytest.raises(ValueError, match=rf"{second.files['lora']} is not Python: .* line 1"):
         use(tmp_path)

@@ -46,9 +46,12 @@ def use(folder: str | Path = "work") -> list[str]:
     except SyntaxError as error:
         put_back()
         raise ValueError(f"{filename} is not Python: {error.msg} in line {error.lineno}") from None
-    except BaseException:
+    except ValueError:
         put_back()
         raise
+    except Exception as error:
+        put_back()
+        raise ValueError(f"{filename} cannot be used: {type(error).__name__}: {error}") from error
     return used
 
 

@@ -5,6 +5,7 @@ and for teachers `release OUT | grade DIR`.
 """
 
 import argparse
+import os
 import secrets
 import shutil
 import sys
@@ -220,6 +221,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         return options.run(options)
+    except BrokenPipeError:  # what reads the output, `head` perhaps, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -155,6 +155,9 @@ def difference(found, expected, tolerance: float) -> str:
     largest, scale = off.max().item() if off.numel() else 0.0, wanted.abs().max().item() if off.numel() else 0.0
     if largest <= tolerance * max(scale, 1e-30) if tolerance else torch.equal(wide, wanted):
         return ""
+    if expected.numel() <= SHOWN and found.dtype != expected.dtype and show(found) == show(expected):
+        precision = f"in the digits of {expected.dtype}, got those of {found.dtype}"
+        return f"expected {show(expected)} {precision}: off by up to {largest:.3g}"
     if expected.numel() <= SHOWN:
         return f"expected {show(expected)}, got {show(found)}: off by up to {largest:.3g}"
     wrong = (off > tolerance * scale).double().mean().item() if math.isfinite(largest) else 1.0

@@ -47,4 +47,25 @@ MUTANTS = [
     Mutant("reference: bias forgotten", "else bias + y", "else y", "the bias is missing"),
     Mutant("A detached", "dropped, self.lora_A)", "dropped, self.lora_A.detach())", "detached"),
     Mutant("two dimensions only", '"...i,ri->...r", dropped', '"ni,ri->nr", dropped', "RuntimeError"),
+    Mutant(
+        "a bias is taken for granted",
+        "F.linear(x, self.original_weight, self.base_layer.bias)",
+        "x @ self.original_weight.T + self.base_layer.bias",
+        "raised TypeError",
+    ),
+    Mutant(
+        "the base's weight instead of the base",
+        "y = self.base_layer(x)\n",
+        "y = F.linear(x, self.base_layer.weight, self.base_layer.bias)\n",
+        "call the base layer",
+    ),
+    Mutant(
+        "dropped in eval mode", "training=self.training", "training=True", "it also drops when the layer is in eval"
+    ),
+    Mutant(
+        "kept and not divided",
+        "narrow = ",
+        "dropped = x * (torch.rand_like(x) < 1 - self.lora_dropout) if self.training else x\n        narrow = ",
+        "not divided by 1 - p",
+    ),
 ]

@@ -20,7 +20,7 @@ MUTANTS = [
     Mutant("squared", "0.5 if use_rslora else 1", "2 if use_rslora else 1", "that is alpha / r²"),
     Mutant("integer division", RETURN, "return lora_alpha // r**power", "use /, not //"),
     Mutant("the wrong way round", "0.5 if use_rslora else 1", "1 if use_rslora else 0.5", "that is rsLoRA's scaling"),
-    Mutant("rsLoRA by default", "use_rslora=False", "use_rslora=True", "the default is rsLoRA"),
+    Mutant("rsLoRA by default", "use_rslora=False", "use_rslora=True", "is use_rslora False by default"),
     Mutant("upside down", RETURN, "return r**power / lora_alpha", "upside down"),
     Mutant("alpha forgotten", RETURN, "return r**-power", "alpha is missing"),
     Mutant("multiplied", "-power", "power", "alpha is divided by it"),

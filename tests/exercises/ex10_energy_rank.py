@@ -66,8 +66,10 @@ MUTANTS = [
         "enough = sums[-1] * share\n    if not enough:\n        return 0",
         "at least 1",
     ),
-    Mutant("scaling forgotten", "S[:r] / scaling", "S[:r]", "divide S_r by the scaling"),
-    Mutant("scaling outside the root", "(S[:r] / scaling) ** 0.5", "S[:r] ** 0.5 / scaling", "it is s times too small"),
+    Mutant("scaling forgotten", "S[:r] / scaling", "S[:r]", "the scaling is missing"),
+    Mutant(
+        "scaling outside the root", "(S[:r] / scaling) ** 0.5", "S[:r] ** 0.5 / scaling", "the scaling divides twice"
+    ),
     Mutant("scaling upside down", "S[:r] / scaling", "S[:r] * scaling", "upside down"),
     Mutant("root forgotten", " ** 0.5", "", "S_r comes in twice"),
     Mutant("S forgotten", "S[:r] / scaling", "torch.ones_like(S[:r]) / scaling", "S_r is missing"),

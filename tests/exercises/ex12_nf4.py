@@ -103,4 +103,10 @@ MUTANTS = [
         "    scaled.clamp_(levels[0], levels[-1])\n    lower = upper",
         "you write",
     ),
+    Mutant(
+        "1/2 taken for a step",
+        ("step = (last - 0.5) / count", "range(1, count + 1)"),
+        ("step = (last - 0.5) / (count - 1)", "range(count)"),
+        "counts 1/2 itself",
+    ),
 ]

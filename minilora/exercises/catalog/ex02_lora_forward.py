@@ -1,8 +1,9 @@
 """Exercise 02: the forward pass of a LoRA layer."""
 
 import torch
+from torch import Tensor, nn
 
-from minilora.exercises.checking import SIZES, Draw, Exercise, expect, require
+from minilora.exercises.checking import SIZES, Draw, Exercise, Wrong, expect, require
 from minilora.exercises.layers import lora_layer, written_out
 from minilora.lora import lora_reference
 
@@ -12,7 +13,7 @@ EXERCISE = Exercise(
     title="The LoRA forward pass",
     targets=("lora:lora_reference", "lora:LoRALinear.forward"),
     difficulty=1,
-    minutes=25,
+    minutes=35,
     notebook="01_lora_from_scratch",
     section="2. The layer",
     explanation="""\
@@ -27,8 +28,10 @@ leading dimensions, (in,), (N, in) or (batch, T, in); only the last one is multi
 `lora_reference` is that formula as a function. `LoRALinear.forward` is the same on the layer's own parts, and knows
 three states besides: switched off (`enabled` is False: the base layer's output), merged (the update lies in W already),
 and dropout while training, which acts on the input of A and nowhere else, so that W x keeps all of x. A switched-off
-layer that is merged uses `original_weight`, the W from before. You may leave out the two cheap ways (`FormedWeight`,
-`LowRankTerm`) and `start_A`: plain autograd over the formula is right.""",
+layer that is merged uses `original_weight`, the W from before. What dropout keeps it divides by 1 - p. The base layer
+may lack a bias, or be one in 4 bits, which has a `forward` and no `weight`; only what is merged is an `nn.Linear`.
+You may leave out the two cheap ways (`FormedWeight`, `LowRankTerm`) and `start_A`: plain autograd over the formula is
+right.""",
     hints=(
         "nn.Linear stores W as (out, in) and computes x @ W.T; F.linear(x, W) does that for any leading dimensions.",
         "The narrow path is F.linear(F.linear(x, A), B), times the scaling, which the layer has as self.scaling.",
@@ -87,6 +90,34 @@ def leading_dimensions(draw: Draw):
             expect(layer(x), written_out(x, W, b, A, B, s), {"shape of x": tuple(x.shape)}, what="y")
 
 
+class Bare(nn.Module):
+    """A base layer that can be called, and no more, as one in 4 bits."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.stored = nn.ParameterList(linear.parameters())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.stored[0].T + self.stored[1]
+
+
+@EXERCISE.property("forward: around a base layer that is no nn.Linear and has no weight")
+def any_base(draw: Draw):
+    for most in SIZES:
+        layer = lora_layer(draw, most)
+        W, b, A, B, s = *layer.base_layer.parameters(), layer.lora_A, layer.lora_B, layer.scaling
+        layer.base_layer = Bare(layer.base_layer)
+        x, case = draw.normal(3, layer.in_features), {"base_layer": "has forward, in_features and out_features alone"}
+        for layer.enabled, expected in ((True, s), (False, 0)):
+            try:
+                y = layer(x)
+            except AttributeError as error:
+                slip = "call the base layer, self.base_layer(x): in 4 bits it has no weight to multiply with"
+                raise Wrong(str(error), case, slip) from None
+            expect(y, written_out(x, W, b, A, B, expected), {**case, "enabled": layer.enabled}, what="y")
+
+
 @EXERCISE.property("forward: gradients of x, A and B as the formula has them")
 def gradients(draw: Draw):
     for most in SIZES:
@@ -107,9 +138,11 @@ def gradients(draw: Draw):
 
 @EXERCISE.property("forward: switched off it is the base layer, merged or not")
 def switched_off(draw: Draw):
-    for most in SIZES:
+    for most, bias in [(most, bias) for most in SIZES for bias in (True, False)]:
         layer = lora_layer(draw, most)
-        x, (W, b) = draw.normal(2, layer.in_features), layer.base_layer.parameters()
+        if not bias:
+            layer.base_layer.bias = None
+        x, W, b = draw.normal(2, layer.in_features), layer.base_layer.weight, layer.base_layer.bias
         original, update = W.detach().clone(), layer.scaling * layer.lora_B @ layer.lora_A
         base = written_out(x, original, b, layer.lora_A, layer.lora_B, 0)
         layer.enabled = False
@@ -131,7 +164,11 @@ def dropout(draw: Draw):
     W, b, A, B, s = *layer.base_layer.parameters(), layer.lora_A, layer.lora_B, layer.scaling
     x = draw.normal(1, layer.in_features)
     case = {"lora_dropout": 0.5, "in": layer.in_features}
-    expect(layer.eval()(x), written_out(x, W, b, A, B, s), {**case, "mode": "eval"}, what="y")
+    y, right = layer.eval()(x), written_out(x, W, b, A, B, s)
+    slip = "it also drops when the layer is in eval mode: F.dropout(x, self.lora_dropout, self.training)"
+    dropping = len(layer(x.expand(100, -1)).detach().unique(dim=0)) > 1
+    require(not dropping, "expected the same output each time in eval mode", {**case, "mode": "eval"}, slip)
+    expect(y, right, {**case, "mode": "eval"}, what="y")
     with torch.no_grad():
         ys = layer.train()(x.expand(20000, -1))  # the same token, dropped 20,000 times
     slip = "nothing is dropped while training: F.dropout(x, self.lora_dropout, self.training) is the input of A"
@@ -141,9 +178,20 @@ def dropout(draw: Draw):
         -1, layer.in_features
     )
     outputs = written_out(x, W, b, A, B, 0) + s * (possible * x) @ A.T @ B.T
-    nearest = (ys.unique(dim=0)[:, None] - outputs).abs().amax(-1).amin(1)  # (different ys, possible ones) -> nearest
+
+    def far_from(outputs: Tensor) -> float:
+        """The distance of the y that is farthest from all of these, relative to the largest."""
+        return ((ys.unique(dim=0)[:, None] - outputs).abs().amax(-1).amin(1).max() / outputs.abs().max()).item()
+
+    halves = written_out(x, W, b, A, B, 0) + s * (possible / 2 * x) @ A.T @ B.T
     require(
-        nearest.max().item() < 1e-9 * outputs.abs().max().item(),
+        far_from(outputs) < 1e-9 or far_from(halves) > 1e-9,
+        "expected what is kept of x to be doubled for p = 0.5, so that the average stays",
+        case,
+        "what is kept is not divided by 1 - p; F.dropout does both",
+    )
+    require(
+        far_from(outputs) < 1e-9,
         "expected W x + b + s·B(A d) with d an x some of whose entries are 0 and the others doubled",
         case,
         "dropout acts on the sum, on A x or on the input of W as well; it belongs on the input of A alone",

@@ -158,8 +158,8 @@ def best(draw: Draw):
             first, U_r, V_r = pieces(U, S, V, slice(r)), U[:, :r], V[:, :r]
             mixed = torch.linalg.svd(W, full_matrices=False)
             slips = {
-                "it is s times too large: divide S_r by the scaling": s * first,
-                "it is s times too small: the scaling divides S_r once, under the root": first / s,
+                "the scaling is missing: S_r / s, so that s·BA has S_r again": s * first,
+                "the scaling divides twice: under the root, S_r / s, and nowhere else": first / s,
                 "the scaling stands upside down: S_r is divided by it": s * s * first,
                 "those are the smallest singular values; the first r are the largest": pieces(U, S, V, slice(k - r, k)),
                 "torch.linalg.svd gives Vh, which is Vᵀ already: take rows of it": lambda parts=mixed, r=r: (
@@ -184,7 +184,7 @@ def evenly(draw: Draw):
             slips = {
                 "all of S_r / s is on this side; each side takes its square root": (right**2).diag(),
                 "nothing of S_r is on this side; each side takes √(S_r / s)": torch.eye(r).double(),
-                "the scaling divides on both sides: √S_r / √s on each, not √S_r on one": S[:r].diag(),
+                "that is S_r: the scaling belongs under the root on both sides, √(S_r / s)": S[:r].diag(),
                 "s divides all of it on this side: √(S_r / s), and not √S_r / s": (right / s).diag(),
             }
             expect(gram, right.diag(), {"W": W, "r": r, "scaling": s}, slips, name, 1e-8)

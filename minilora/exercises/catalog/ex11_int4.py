@@ -24,7 +24,7 @@ EXERCISE = Exercise(
         "quant:quantize",
     ),
     difficulty=2,
-    minutes=50,
+    minutes=60,
     notebook="03_qlora",
     section="1. Four bits by hand",
     explanation="""\

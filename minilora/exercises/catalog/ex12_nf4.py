@@ -14,7 +14,7 @@ EXERCISE = Exercise(
     title="NF4: levels where weights are",
     targets=("levels:nf4_levels", "levels:nearest"),
     difficulty=2,
-    minutes=30,
+    minutes=40,
     notebook="03_qlora",
     section="3. Where the levels lie",
     explanation="""\
@@ -28,7 +28,7 @@ infinite.
     levels  below, 0 and above in ascending order, all divided by Q(P), the largest      (16,) float32
 
 So the steps are (P - 1/2)/8 above and (P - 1/2)/7 below, and the levels reach from -1 to 1. `nf4_levels` returns that
-table. The module has `normal_quantile(probability)` for Q.
+table. The module has `normal_quantile(probability)` for Q, of a tensor.
 
 `nearest(scaled, levels)` rounds to a table: for each of scaled (n,) the index of the nearest of the sorted levels,
 uint8 (n,). A value exactly halfway between two levels gets the lower one; one beyond the ends gets the end. It serves
@@ -88,6 +88,10 @@ def sixteen(draw: Draw):
 )
 def quantiles(draw: Draw):
     levels, right = nf4_levels(), table()
+    zeros = int((levels.abs() < 1e-7).sum())
+    slip = "linspace from 1/2 counts 1/2 itself, whose quantile is 0: take one point more, and leave it out"
+    case = {"levels": [round(x, 3) for x in levels.tolist()]}
+    require(zeros == 1, f"expected one zero among the levels, got {zeros}", case, slip)
     mirrored = torch.cat([-right[8:15].flip(0), right[7:]])
     even = torch.tensor([k / 7 for k in range(-7, 0)] + [k / 8 for k in range(9)])
     slips = {
