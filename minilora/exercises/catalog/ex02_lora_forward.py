@@ -166,8 +166,9 @@ def dropout(draw: Draw):
     case = {"lora_dropout": 0.5, "in": layer.in_features}
     y, right = layer.eval()(x), written_out(x, W, b, A, B, s)
     slip = "it also drops when the layer is in eval mode: F.dropout(x, self.lora_dropout, self.training)"
-    dropping = len(layer(x.expand(100, -1)).detach().unique(dim=0)) > 1
-    require(not dropping, "expected the same output each time in eval mode", {**case, "mode": "eval"}, slip)
+    many = layer(x.expand(100, -1)).detach()
+    same = bool(((many - many[0]).abs() <= 1e-9 * many.abs().max()).all())  # rows of a product may round differently
+    require(same, "expected the same output each time in eval mode", {**case, "mode": "eval"}, slip)
     expect(y, right, {**case, "mode": "eval"}, what="y")
     with torch.no_grad():
         ys = layer.train()(x.expand(20000, -1))  # the same token, dropped 20,000 times
