@@ -105,17 +105,17 @@ def nearest(scaled: Tensor, levels: Tensor) -> Tensor:
     return torch.bucketize(scaled, (levels[:-1] + levels[1:]) / 2, out_int32=True).to(torch.uint8)
 
 
-def pack(codes: Tensor) -> Tensor:
+def pack_codes(codes: Tensor) -> Tensor:
     """Two 4-bit codes in a byte: byte i holds codes 2i (high half) and 2i + 1 (low half). (n,) -> (n/2,)."""
     return codes[::2] << 4 | codes[1::2]
 
 
-def unpack(packed: Tensor) -> Tensor:
-    """(n/2,) -> (n,), the inverse of `pack`."""
+def unpack_codes(packed: Tensor) -> Tensor:
+    """(n/2,) -> (n,), the inverse of `pack_codes`."""
     return torch.stack([packed >> 4, packed & 15], dim=1).view(-1)
 
 
 @cache
 def level_pairs(scheme: str, device: torch.device) -> Tensor:
     """The two levels that each byte stands for, (256, 2): one look-up instead of two, and no shifting."""
-    return LEVELS[scheme][unpack(torch.arange(256)).view(256, 2)].to(device)
+    return LEVELS[scheme][unpack_codes(torch.arange(256)).view(256, 2)].to(device)

@@ -34,7 +34,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from minilora.levels import LEVELS, SCALE_LEVELS, encode, level_pairs, nearest, pack
+from minilora.levels import LEVELS, SCALE_LEVELS, encode, level_pairs, nearest, pack_codes
 
 SCALE_BLOCK = 256  # scales that share a scale under double quantization
 CHUNK = 2**20  # weights handled at a time: temporaries stay small, and in the processor's cache
@@ -115,7 +115,7 @@ def quantize(weight: Tensor, scheme: str = "nf4", block_size: int = 64, double_q
     codes, scales = [], []
     for piece in weight.detach().reshape(-1).split(CHUNK):
         scaled, absmax = scale_to_unit(piece, block_size)
-        codes.append(pack(encode(F.pad(scaled, (0, len(scaled) % 2)), scheme)))  # an odd end is filled up with a zero
+        codes.append(pack_codes(encode(F.pad(scaled, (0, len(scaled) % 2)), scheme)))  # an odd end: one zero more
         scales.append(absmax)
     codes, scales = torch.cat(codes), torch.cat(scales)
     check_finite("the weight", scales)  # a block with NaN or infinity in it has no finite absmax

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from minilora import GPT, GPTConfig, LoRAConfig, MemoryMeter, adapter_parameters, apply_lora, quant
-from minilora.levels import LEVELS, SCALE_LEVELS, pack, unpack
+from minilora.levels import LEVELS, SCALE_LEVELS, pack_codes, unpack_codes
 from minilora.quant import Linear4bit, dequantize, dequantize_model, quantize, quantize_model, quantized_layers
 
 SCHEMES, FLOATS = ("int4", "fp4", "nf4"), (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -30,7 +30,7 @@ def normal(*shape, dtype=torch.float32, seed=0):
 
 
 def codes_of(quantized):
-    return unpack(quantized.codes)[: math.prod(quantized.shape)].long()
+    return unpack_codes(quantized.codes)[: math.prod(quantized.shape)].long()
 
 
 def scales_of(weight, block_size):
@@ -102,7 +102,7 @@ def test_packing_puts_the_first_code_in_the_high_half_and_can_be_undone():
     short = quantize(torch.zeros(3))
     assert short.codes.tolist() == [0x77] * 2 and short.scales < 1e-37, "a short block of zeros"
     every_byte = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(pack(unpack(every_byte)), every_byte)
+    assert torch.equal(pack_codes(unpack_codes(every_byte)), every_byte)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -13,12 +13,12 @@ def int4_codes(scaled):
     return (steps + 8).to(torch.uint8)
 
 
-def pack(codes):
+def pack_codes(codes):
     pairs = codes.view(-1, 2)
     return pairs[:, 0] * 16 + pairs[:, 1]
 
 
-def unpack(packed):
+def unpack_codes(packed):
     codes = packed.new_empty(2 * len(packed))
     codes[0::2] = packed // 16
     codes[1::2] = packed % 16
@@ -44,7 +44,7 @@ def quantize(weight, scheme="nf4", block_size=64, double_quant=False):
     unit, scales = scale_to_unit(flat, block_size)
     if len(unit) % 2:
         unit = torch.cat([unit, unit.new_zeros(1)])
-    q = QuantizedTensor(pack(encode(unit, scheme)), scales, scheme, block_size, tuple(weight.shape), weight.dtype)
+    q = QuantizedTensor(pack_codes(encode(unit, scheme)), scales, scheme, block_size, tuple(weight.shape), weight.dtype)
     if double_quant:
         q = quantize_scales(q)
     return q
@@ -68,20 +68,20 @@ MUTANTS = [
     Mutant("first with second half", "codes.view(-1, 2)", "codes.view(2, -1).T", "neighbours share a byte"),
     Mutant("no shift", "pairs[:, 0] * 16 +", "pairs[:, 0] |", "<< 4"),
     Mutant(
-        "unpack: low half first",
+        "unpack_codes: low half first",
         "packed // 16\n    codes[1::2] = packed % 16",
         "packed % 16\n    codes[1::2] = packed // 16",
         "the high half is the first code",
     ),
     Mutant(
-        "unpack: halves apart",
+        "unpack_codes: halves apart",
         "return codes\n",
         "return torch.cat([packed // 16, packed % 16])\n",
         "one beside the other",
     ),
-    Mutant("unpack: no mask", "packed % 16", "packed", "& 15"),
-    Mutant("unpack: no shift", "packed // 16", "packed - packed % 16", ">> 4"),
-    Mutant("unpack: to uint8", "return codes\n", "return codes.to(torch.uint8)\n", "the dtype it was given"),
+    Mutant("unpack_codes: no mask", "packed % 16", "packed", "& 15"),
+    Mutant("unpack_codes: no shift", "packed // 16", "packed - packed % 16", ">> 4"),
+    Mutant("unpack_codes: to uint8", "return codes\n", "return codes.to(torch.uint8)\n", "the dtype it was given"),
     Mutant("no abs", "rows.abs().max", "rows.max", "take abs()"),
     Mutant("one scale", "rows.abs().max(dim=1).values", "rows.abs().max().expand(len(rows))", "a scale of its own"),
     Mutant("short block left out", ("(rows / ", "[:n]"), ("(rows[: n // block_size] / ", ""), "RuntimeError"),
@@ -93,7 +93,7 @@ MUTANTS = [
     Mutant("bfloat16 stays", "F.pad(flat.float(), ", "F.pad(flat, ", "float32"),
     Mutant("in place", "    n = len(flat)", "    flat /= 2\n    n = len(flat)", "flat was changed in place"),
     Mutant("odd end lost", "unit = torch.cat([unit, unit.new_zeros(1)])", "unit = unit[:-1]", "a byte of its own"),
-    Mutant("not packed", "pack(encode(unit, scheme))", "encode(unit, scheme)", "two codes in each byte"),
+    Mutant("not packed", "pack_codes(encode(unit, scheme))", "encode(unit, scheme)", "two codes in each byte"),
     Mutant("not scaled", "encode(unit, scheme)", "encode(flat.float(), scheme)", "codes are wrong"),
     Mutant("always int4", "encode(unit, scheme)", "((7 * unit).round() + 8).to(torch.uint8)", "those are int4's codes"),
     Mutant("view", "weight.detach().flatten()", "weight.detach().view(-1)", "RuntimeError"),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from minilora import levels, quant
 from minilora.exercises.checking import Draw, Exercise, expect, expect_error, require, show
-from minilora.levels import int4_codes, int4_levels, pack, unpack
+from minilora.levels import int4_codes, int4_levels, pack_codes, unpack_codes
 from minilora.quant import quantize, scale_to_unit
 
 EXERCISE = Exercise(
@@ -18,8 +18,8 @@ EXERCISE = Exercise(
     targets=(
         "levels:int4_levels",
         "levels:int4_codes",
-        "levels:pack",
-        "levels:unpack",
+        "levels:pack_codes",
+        "levels:unpack_codes",
         "quant:scale_to_unit",
         "quant:quantize",
     ),
@@ -34,8 +34,8 @@ weight the number, 0 to 15, of the nearest of 16 levels (Dettmers et al. 2023, s
     absmax = max |w| of the block        code = nearest(w / absmax)        w ≈ absmax · level[code]
 
 `int4_levels()`: (code - 8) / 7 for code 0 to 15, float32. `int4_codes(scaled)`: (n,) within ±1 -> uint8 codes 1 to 15,
-halfway to the even one. `pack(codes)`: two uint8 codes in each byte, the first in the high half; `unpack` undoes it,
-with integers of any dtype, and keeps the dtype.
+halfway to the even one. `pack_codes(codes)`: two uint8 codes in each byte, the first in the high half; `unpack_codes`
+undoes it, with integers of any dtype, and keeps the dtype.
 
 `scale_to_unit(flat, block_size)`: each block over its absmax, float32 (n,), and the absmax of each block, float32 (N,).
 The last block may be short. A block of zeros gives zeros, with an absmax that is 0 or next to it; never NaN.
@@ -53,7 +53,7 @@ the weight into pieces of CHUNK.""",
         "isfinite on those is enough.",
         "quantize: check_settings; check dtype and numel; flat = weight.detach().reshape(-1); scaled, absmax = "
         "scale_to_unit(flat, block_size); check isfinite; codes = encode(scaled, scheme), with one zero appended to "
-        "scaled if n is odd; QuantizedTensor(pack(codes), absmax, scheme, block_size, tuple(weight.shape), "
+        "scaled if n is odd; QuantizedTensor(pack_codes(codes), absmax, scheme, block_size, tuple(weight.shape), "
         "weight.dtype).",
     ),
     question="One weight in a block becomes thirty times as large. What happens to the other weights of its block, "
@@ -126,7 +126,7 @@ def two_by_two(high: list[int], low: list[int]) -> Tensor:
     return torch.tensor([16 * a + b for a, b in zip(high, low, strict=True)])
 
 
-@EXERCISE.property("pack: two codes in a byte, the first in the high half")
+@EXERCISE.property("pack_codes: two codes in a byte, the first in the high half")
 def packing(draw: Draw):
     for pairs in (1, 2, 3, 20):
         codes = [*some_codes(draw, 2 * pairs - 2), *draw.choice(((1, 14), (12, 3), (9, 6)))]
@@ -141,13 +141,13 @@ def packing(draw: Draw):
             ),
         }
         given = torch.tensor(codes, dtype=torch.uint8)
-        found = pack(given)
+        found = pack_codes(given)
         expect(found, two_by_two(first, second).to(torch.uint8), {"codes": given}, slips, "the bytes", 0)
         require(found.dtype == torch.uint8, f"expected bytes, uint8, got {found.dtype}", {"codes": given})
         require(given.tolist() == codes, "the codes were changed in place", {"codes": codes})
 
 
-@EXERCISE.property("unpack: the inverse, with the dtype it was given")
+@EXERCISE.property("unpack_codes: the inverse, with the dtype it was given")
 def unpacking(draw: Draw):
     for pairs, dtype in ((1, torch.uint8), (2, torch.uint8), (2, torch.int64), (20, torch.int64)):
         codes = [*some_codes(draw, 2 * pairs - 2), *draw.choice(((1, 14), (12, 3), (9, 6)))]
@@ -164,7 +164,7 @@ def unpacking(draw: Draw):
                 [code for a, b in zip(first, second, strict=True) for code in (a, 16 * a + b)]
             ),
         }
-        found = unpack(given)
+        found = unpack_codes(given)
         expect(found, torch.tensor(codes), {"packed": given}, slips, "the codes", 0)
         require(found.dtype == dtype, f"expected the dtype it was given, {dtype}, got {found.dtype}", {"packed": given})
 
