@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from minilora.text import words, world
-from minilora.text.world import FACTS, INSTRUCTIONS, KINDS, Dice, World, is_right_list, nats_per_token, state
+from minilora.text.world import DOCUMENT_KINDS, FACTS, INSTRUCTIONS, Dice, World, is_right_list, nats_per_token, state
 
 
 class Walk(Dice):
@@ -126,9 +126,9 @@ def test_nats_counted_by_hand():
 
 def test_the_kind_is_part_of_the_surprise():
     document, dice = World().document(Dice(0)), Dice(0)
-    kind = dice.weighted(KINDS)
+    kind = dice.weighted(DOCUMENT_KINDS)
     assert kind == document.kind
-    assert dice.nats == pytest.approx(-math.log(KINDS[kind]), abs=1e-12)
+    assert dice.nats == pytest.approx(-math.log(DOCUMENT_KINDS[kind]), abs=1e-12)
     getattr(World(), kind)(dice)
     assert document.nats == pytest.approx(dice.nats, abs=1e-12)
 
@@ -140,10 +140,10 @@ def test_each_document_counts_its_own_nats():
 
 
 def test_weighted_choices_come_as_often_as_they_say():
-    assert sum(KINDS.values()) == pytest.approx(1, abs=1e-12)
+    assert sum(DOCUMENT_KINDS.values()) == pytest.approx(1, abs=1e-12)
     dice, count = Dice(1), 20_000
-    drawn = Counter(dice.weighted(KINDS) for _ in range(count))
-    for kind, probability in KINDS.items():
+    drawn = Counter(dice.weighted(DOCUMENT_KINDS) for _ in range(count))
+    for kind, probability in DOCUMENT_KINDS.items():
         spread = math.sqrt(probability * (1 - probability) / count)
         assert abs(drawn[kind] / count - probability) < 5 * spread, f"{kind}: {drawn[kind] / count}, not {probability}"
 

@@ -98,7 +98,7 @@ FACTS = {
 }
 CLASSES = {"town": words.TOWNS, "job": words.JOBS, "animal": words.ANIMALS, "food": words.FOODS, "thing": words.THINGS}
 PLURALS = {"town": "towns", "job": "jobs", "animal": "animals", "food": "foods", "thing": "things"}
-KINDS = {"story": 0.2, "notes": 0.4, "memory": 0.15, "resident": 0.05, "instruction": 0.14, "pattern": 0.06}
+DOCUMENT_KINDS = {"story": 0.2, "notes": 0.4, "memory": 0.15, "resident": 0.05, "instruction": 0.14, "pattern": 0.06}
 
 
 def state(person: Person, kind: str, sentence: int = 0) -> str:
@@ -141,9 +141,9 @@ class World:
     # -- kinds of documents --------------------------------------------------------------------------------------
 
     def document(self, dice: Dice, kind: str | None = None) -> Document:
-        """One document; its kind is drawn from KINDS unless it is given."""
+        """One document; its kind is drawn from DOCUMENT_KINDS unless it is given."""
         before = dice.nats
-        kind = kind or dice.weighted(KINDS)
+        kind = kind or dice.weighted(DOCUMENT_KINDS)
         text = getattr(self, kind)(dice)
         return Document(kind, text, dice.nats - before)
 
