@@ -1,7 +1,7 @@
 """The tokenizer: sentencepiece BPE with byte fallback, in the file format that Llama models ship (`tokenizer.model`).
 
-BPE starts from characters and keeps merging the most frequent neighbours into one token, so that common words become
-one token each. What no merge covers falls back to bytes, therefore every text encodes, and decodes to itself.
+BPE starts from characters and keeps merging the most frequent pair of neighbours into one token, so that common words
+become one token each. A character without a token falls back to bytes, so every text encodes, and decodes to itself.
 
 Newer checkpoints come with a `tokenizer.json` only, which the `tokenizers` library reads where it is installed.
 """
@@ -10,36 +10,32 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
-SPACE = "\u2581"  # "▁": sentencepiece writes a space this way inside its tokens
+SPACE = "\u2581"  # "▁", which stands for a space inside sentencepiece's tokens
 
 
 class Tokenizer:
     """Text to token ids and back. Raises ValueError, naming the file, for a file that is not a tokenizer."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise ValueError(
-                f"no tokenizer at {self.path}: expected a sentencepiece tokenizer.model, or a tokenizer.json"
-            )
+        self.path = path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"no tokenizer at {path}: expected a sentencepiece tokenizer.model, or a tokenizer.json")
         self._sentencepiece = sentencepiece.SentencePieceProcessor()
         try:
-            self._sentencepiece.LoadFromSerializedProto(self.path.read_bytes())
+            self._sentencepiece.LoadFromSerializedProto(path.read_bytes())
         except RuntimeError:
-            raise ValueError(f"{self.path} is not a sentencepiece tokenizer") from None
+            raise ValueError(f"{path} is not a sentencepiece tokenizer") from None
         self.vocab_size: int = self._sentencepiece.vocab_size()
         self.bos_id: int = self._sentencepiece.bos_id()
         self.eos_id: int = self._sentencepiece.eos_id()
         self._space_bytes = [self._sentencepiece.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without any special token.
-
-        A literal "▁" would come back as a space, so it is spelled in bytes.
-        """
+        """The ids of `text`, without special tokens. A literal "▁" would decode to a space, so it goes in bytes."""
         first, *rest = text.split(SPACE)
         ids = self._sentencepiece.encode(first)
         for part in rest:
@@ -51,8 +47,8 @@ class Tokenizer:
 
 
 class JsonTokenizer:
-    """The same for a `tokenizer.json`. The begin and end tokens are those that `tokenizer_config.json` beside it names;
-    where it names no begin token, the end token serves, as in GPT-2.
+    """The same for a `tokenizer.json`. The file `tokenizer_config.json` beside it names the begin and end tokens; where
+    it names no begin token, the end token serves as one, as in GPT-2.
 
     Raises ValueError without the `tokenizers` library, for a damaged file, and where no end token is named.
     """
@@ -90,7 +86,10 @@ class JsonTokenizer:
         return self._reader.decode(list(ids))
 
 
-def open_tokenizer(directory: str | Path) -> Tokenizer | JsonTokenizer:
+AnyTokenizer = Tokenizer | JsonTokenizer  # alike in path, vocab_size, bos_id, eos_id, encode and decode
+
+
+def open_tokenizer(directory: str | Path) -> AnyTokenizer:
     """The tokenizer of a model's folder: `tokenizer.model`, or else `tokenizer.json`."""
     directory = Path(directory)
     if (directory / "tokenizer.json").is_file() and not (directory / "tokenizer.model").is_file():
@@ -99,27 +98,15 @@ def open_tokenizer(directory: str | Path) -> Tokenizer | JsonTokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 2048) -> Tokenizer:
-    """Learns a BPE vocabulary from `texts` and writes it to `path`. Special ids as in Llama: unk 0, bos 1, eos 2.
-
-    Identity normalisation and no invented leading space: what goes in comes out. Digits stay single, as in Llama.
-    """
+    """Learns a BPE vocabulary from `texts` and writes it to `path`. Special ids as in Llama: unk 0, bos 1, eos 2."""
+    settings: dict[str, Any] = dict(model_type="bpe", byte_fallback=True, split_digits=True)  # as in Llama
+    # What goes in comes out: no text is normalised, no space invented or removed, no character left out.
+    settings |= dict(normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False)
+    settings |= dict(allow_whitespace_only_pieces=True, character_coverage=1.0, required_chars="")
+    settings |= dict(max_sentence_length=1 << 20, num_threads=1, minloglevel=1)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        character_coverage=1.0,
-        required_chars="",
-        max_sentence_length=1 << 20,
-        num_threads=1,
-        minloglevel=1,
+        sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, **settings
     )
     Path(path).write_bytes(model.getvalue())
     return Tokenizer(path)
