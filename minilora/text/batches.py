@@ -1,7 +1,7 @@
-"""From token lists to training data: whole documents packed into rows, long text cut, examples padded and masked.
+"""From lists of tokens to training data: whole documents packed into rows, long text cut, examples padded and masked.
 
-All give `Batches`: input_ids and labels, int64, (N rows, T tokens). Labels follow the usual convention: labels[n, t]
-is the token at t, or -100 (IGNORE) where the model is not asked to predict it; the loss does the shift by one.
+`pack`, `cut` and `examples` each give `Batches` of N rows of T tokens. Labels follow the usual convention: labels[n, t]
+is input_ids[n, t], or -100 (IGNORE) where the loss is not to count that token; the loss does the shift by one.
 """
 
 from collections.abc import Iterable
@@ -10,33 +10,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minilora.text.tokenizer import Tokenizer
+from minilora.text.tokenizer import AnyTokenizer
 
 IGNORE = -100
 
 
 @dataclass
 class Batches:
-    """input_ids and labels, each (N, T) int64."""
-
-    input_ids: Tensor
-    labels: Tensor
+    input_ids: Tensor  # (N, T) int64
+    labels: Tensor  # (N, T) int64
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     @property
     def counted_tokens(self) -> int:
-        """How many tokens the loss counts (the first of a row has nothing before it and is never predicted)."""
+        """How many tokens the loss counts. The first of a row is never among them: nothing stands before it."""
         return int((self.labels[:, 1:] != IGNORE).sum())
 
 
-def pack(documents: Iterable[list[int]], length: int, tokenizer: Tokenizer) -> Batches:
+def pack(documents: Iterable[list[int]], length: int, tokenizer: AnyTokenizer) -> Batches:
     """Whole documents side by side in rows of `length` tokens, each framed: <bos> document <eos>.
 
-    A document that does not fit the rest of a row starts the next one, so that no document is ever cut in two (a
-    question cut off from its notes teaches guessing); one that is longer than a whole row is cut into row-size pieces.
-    The rest of a row is padding, which the loss does not count, and neither does it count <bos>.
+    A document that does not fit the rest of a row starts the next row, so that no document is cut in two (a question
+    cut off from its notes teaches guessing); only a document longer than a whole row is cut, into row-size pieces.
+    The rest of a row is padding. The loss counts neither padding nor <bos>.
     """
     rows: list[list[int]] = [[]]
     for document in documents:
@@ -53,30 +51,27 @@ def pack(documents: Iterable[list[int]], length: int, tokenizer: Tokenizer) -> B
 
 
 def cut(ids: list[int], length: int) -> Batches:
-    """One long text as consecutive rows of `length` tokens, every token counted; an incomplete last row is dropped.
-
-    Raises ValueError if the text is shorter than one row.
-    """
+    """One long text as consecutive rows of `length` tokens, without an incomplete last row. ValueError for no row."""
     if len(ids) < length:
         raise ValueError(f"the text has {len(ids)} tokens, fewer than one sequence of {length}")
     rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)  # (N, T)
     return Batches(rows, rows.clone())
 
 
-def examples(pairs: Iterable[tuple[str, str]], tokenizer: Tokenizer, max_length: int) -> Batches:
-    """One (prompt, completion) a row: <bos> prompt completion <eos>. Only completion and <eos> are counted.
+def examples(pairs: Iterable[tuple[str, str]], tokenizer: AnyTokenizer, max_length: int) -> Batches:
+    """One (prompt, completion) a row: <bos> prompt completion <eos>. The loss counts only the completion and <eos>.
 
-    Rows are padded to the longest. Prompt and completion are encoded apart, exactly as in generation.
+    Rows are padded to the longest. Prompt and completion are encoded apart, as generation has to encode a prompt.
     Raises ValueError for an example of more than `max_length` tokens.
     """
     rows, labels = [], []
     for prompt, completion in pairs:
         before = [tokenizer.bos_id, *tokenizer.encode(prompt)]
         after = [*tokenizer.encode(completion), tokenizer.eos_id]
-        if len(before) + len(after) > max_length:
+        size = len(before) + len(after)
+        if size > max_length:
             raise ValueError(
-                f"an example of {len(before) + len(after)} tokens is longer than the limit of {max_length}: "
-                f"{prompt[:40]!r}..."
+                f"an example of {size} tokens is longer than the limit of {max_length}: {prompt[:40]!r}..."
             )
         rows.append(before + after)
         labels.append([IGNORE] * len(before) + after)

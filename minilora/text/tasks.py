@@ -5,9 +5,10 @@
     dialect  a hard skill: about a hundred new words and a new word order
     facts    new knowledge: people the base has never heard of, asked with phrasings that training never used
 
-`validation` never shares a person with `train` (in `facts` it never shares a phrasing instead: there the people are
-what is learned). Each example carries the exact entropy of its completion given its prompt, so the mean over the
-validation tokens is the floor of the validation loss: zero where only one answer is right, above zero for `pirate`.
+`validation` never shares a person with `train`; in `facts`, where the people are what is learned, it never shares a
+phrasing instead. Each example carries the exact entropy of its completion given its prompt. The sum of these entropies
+over the number of validation tokens is the floor of the validation loss: zero where one answer is right, and above
+zero for `pirate`.
 """
 
 import json
@@ -15,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from minilora.text import words
-from minilora.text.tokenizer import Tokenizer
-from minilora.text.world import FACTS, Dice, Person, World, state
+from minilora.text.tokenizer import AnyTokenizer
+from minilora.text.world import FACTS, Dice, World, fixed_people, state
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Task:
     validation: list[Example]
     is_right: Callable[[Example, str], bool]  # (example, the model's answer)
 
-    def floor(self, tokenizer: Tokenizer) -> float:
+    def floor(self, tokenizer: AnyTokenizer) -> float:
         """The least possible mean validation loss, in nats per counted token (the completion and its end token)."""
         tokens = sum(len(tokenizer.encode(example.completion)) + 1 for example in self.validation)
         return sum(example.nats for example in self.validation) / tokens
@@ -44,20 +45,16 @@ def load_task(name: str, train_size: int = 2000, validation_size: int = 200, see
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
     make_example, is_right = TASKS[name]
-    sizes = {"train": train_size, "validation": validation_size}
-    splits = {}
-    for split, size in sizes.items():
-        dice = Dice(f"task {name} {split} {seed}")
-        world = World(split)
-        splits[split] = [make_example(world, dice) for _ in range(size)]
-    return Task(name, splits["train"], splits["validation"], is_right)
+
+    def examples(split: str, size: int) -> list[Example]:
+        world, dice = World(split), Dice(f"task {name} {split} {seed}")
+        return [make_example(world, dice) for _ in range(size)]
+
+    return Task(name, examples("train", train_size), examples("validation", validation_size), is_right)
 
 
 def is_exact(example: Example, answer: str) -> bool:
     return answer.strip() == example.completion.strip()
-
-
-# -- json ------------------------------------------------------------------------------------------------------------
 
 
 def json_example(world: World, dice: Dice) -> Example:
@@ -75,8 +72,6 @@ def is_right_json(example: Example, answer: str) -> bool:
     except (ValueError, RecursionError):
         return False
 
-
-# -- pirate ----------------------------------------------------------------------------------------------------------
 
 PIRATE_FACTS = {
     "town": "{name} be livin' in {value}",
@@ -103,48 +98,36 @@ def is_right_pirate(example: Example, answer: str) -> bool:
     return answer.strip() in {f"{opening}, {core}, {ending}!" for opening in OPENINGS for ending in ENDINGS}
 
 
-# -- dialect ---------------------------------------------------------------------------------------------------------
-
 SYLLABLES = ("ba", "do", "fi", "ga", "ke", "lu", "mo", "na", "pi", "ro", "su", "ta", "ve", "zu")
 
 
 def _dialect_words() -> dict[str, str]:
-    """A new word of two to three syllables for each town, job, animal and food and for each kind of fact."""
-    dice, taken = Dice("dialect"), {}
+    """A new word of two or three syllables for each kind of fact and for each town, job, animal and food."""
+    dice = Dice("dialect")
+    dialect: dict[str, str] = {}
     for old in [*FACTS, *(value for values, _, _ in FACTS.values() for value in values)]:
-        while (new := "".join(dice.pick(SYLLABLES) for _ in range(dice.pick((2, 3))))) in taken.values():
-            pass
-        taken[old] = new
-    return taken
+        while (new := "".join(dice.pick(SYLLABLES) for _ in range(dice.pick((2, 3))))) in dialect.values():
+            pass  # taken already
+        dialect[old] = new
+    return dialect
 
 
 DIALECT = _dialect_words()
 
 
 def dialect_example(world: World, dice: Dice) -> Example:
-    """Verb, object, subject: "Mara Hale lives in Farley." -> "Zuta rofi Mara Hale."."""
+    """Verb, object, subject: "Mara Hale lives in Farley." -> "Supive kega Mara Hale."."""
     kind = dice.pick(list(FACTS))
     person = world.person(dice, [kind])
     sentence = f"{DIALECT[kind]} {DIALECT[person.facts[kind]]} {person.name}."
     return Example(f"Say it in dialect: {state(person, kind)}\nDialect:", " " + sentence[0].upper() + sentence[1:])
 
 
-# -- facts -----------------------------------------------------------------------------------------------------------
-
-
-def _newcomers() -> list[Person]:
-    dice = Dice("newcomers")
-    return [
-        Person(f"{first} {dice.pick(words.SURNAMES)}", {kind: dice.pick(FACTS[kind][0]) for kind in FACTS})
-        for first in words.NEWCOMER_NAMES
-    ]
-
-
-NEWCOMERS = _newcomers()
+NEWCOMERS = fixed_people(words.NEWCOMER_NAMES, Dice("newcomers"))
 
 
 def facts_example(world: World, dice: Dice) -> Example:
-    """In training the first phrasing of each question, in validation the second, of the same facts."""
+    """Training asks in the first phrasing of each question; validation asks for the same facts in the second."""
     person, kind = dice.pick(NEWCOMERS), dice.pick(list(FACTS))
     question = FACTS[kind][2][0 if world.people == "train" else 1].format(name=person.name)
     return Example(f"Question: {question}\nAnswer:", " " + state(person, kind))

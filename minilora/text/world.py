@@ -2,15 +2,15 @@
 
 People live in towns, have jobs, keep animals, like foods and carry things. The generator tells of them in stories,
 in notes with questions, in questions about residents that must be known by heart, in instructions and in patterns.
-A scraped file could not do what this does for a student: every answer can be scored exactly, people can be held out
-for certain, and since each random choice is made with a known probability, the entropy of the text is known exactly:
+Such a text gives a student what no scraped file could: every answer can be scored exactly, people can be held out for
+certain, and because each random choice has a known probability, the entropy of the text is known exactly:
 
     nats(document) = sum over the choices made of -log p(choice)
 
-No model can, on average, score below that. It is the floor under every loss curve. Two things make it exact and not
-just a bound: the text shows which choices were made (no two ways of choosing give the same text; a test enumerates
-small worlds to prove it), and a tokenizer maps a text to one sequence of tokens. In nats per token, the floor is the
-sum over documents divided by the tokens the model has to predict, the end token of each document included.
+No model can, on average, score below this entropy: it is the floor under every loss curve. Two things make the floor
+exact and not just a bound: the text shows which choices were made (no two ways of choosing give the same text; a test
+enumerates small worlds to prove it), and a tokenizer maps a text to one sequence of tokens. In nats per token, the
+floor is the sum over documents divided by the tokens to predict, the end token of each document included.
 """
 
 import math
@@ -22,7 +22,7 @@ from minilora.text import words
 
 
 class Dice:
-    """Random choices that keep account of their surprise in `nats`. One seed, one sequence, on any Python."""
+    """Random choices, with their surprise summed up in `nats`. One seed gives one sequence, on any Python."""
 
     def __init__(self, seed: int | str):
         self.random = random.Random(seed)
@@ -43,7 +43,7 @@ class Dice:
         return chosen
 
     def weighted(self, options: dict):
-        """A key of `options` with the probability that is its value; the probabilities sum to 1."""
+        """A key of `options`, drawn with the probability p that is its value: -log p nats. The values sum to 1."""
         point = self.random.random()
         for option in options:
             if point < options[option]:
@@ -97,7 +97,6 @@ FACTS = {
     ),
 }
 CLASSES = {"town": words.TOWNS, "job": words.JOBS, "animal": words.ANIMALS, "food": words.FOODS, "thing": words.THINGS}
-PLURALS = {"town": "towns", "job": "jobs", "animal": "animals", "food": "foods", "thing": "things"}
 DOCUMENT_KINDS = {"story": 0.2, "notes": 0.4, "memory": 0.15, "resident": 0.05, "instruction": 0.14, "pattern": 0.06}
 
 
@@ -105,8 +104,16 @@ def state(person: Person, kind: str, sentence: int = 0) -> str:
     return FACTS[kind][1][sentence].format(name=person.name, value=person.facts[kind])
 
 
+def fixed_people(firsts: Iterable[str], dice: Dice) -> list[Person]:
+    """A person of each first name, with a surname and one fact of every kind."""
+    return [
+        Person(f"{first} {dice.pick(words.SURNAMES)}", {kind: dice.pick(FACTS[kind][0]) for kind in FACTS})
+        for first in firsts
+    ]
+
+
 class World:
-    """The generator. `people` is "train" or "validation": who may be invented; no full name is in both.
+    """The generator. It invents the people of one side, "train" or "validation"; no full name is on both.
 
     Every first name and every surname occurs on both sides, so a held-out person is a new combination of known
     words. The residents, fixed people with fixed facts, are the same in every World of one `resident_seed`.
@@ -116,21 +123,14 @@ class World:
         if people not in ("train", "validation"):
             raise ValueError(f"people must be 'train' or 'validation', not {people!r}")
         self.people = people
-        dice = Dice(f"residents {resident_seed}")
-        self.residents = [
-            Person(f"{first} {dice.pick(words.SURNAMES)}", {kind: dice.pick(FACTS[kind][0]) for kind in FACTS})
-            for first in words.RESIDENT_NAMES[:residents]
-        ]
-
-    # -- people --------------------------------------------------------------------------------------------------
+        self.residents = fixed_people(words.RESIDENT_NAMES[:residents], Dice(f"residents {resident_seed}"))
 
     def person(self, dice: Dice, kinds: Iterable[str] = (), other: Person | None = None) -> Person:
         """Somebody new, whose first name differs from `other`'s, with a fact of each of `kinds`."""
         firsts = [first for first in words.FIRST_NAMES if other is None or first != other.first]
         first = dice.pick(firsts)
-        surname = dice.pick(
-            [s for s in words.SURNAMES if self.is_validation(first, s) == (self.people == "validation")]
-        )
+        held_out = self.people == "validation"
+        surname = dice.pick([last for last in words.SURNAMES if self.is_validation(first, last) == held_out])
         return Person(f"{first} {surname}", {kind: dice.pick(FACTS[kind][0]) for kind in kinds})
 
     @staticmethod
@@ -138,10 +138,8 @@ class World:
         """One full name in eight is held out."""
         return (words.FIRST_NAMES.index(first) + words.SURNAMES.index(surname)) % 8 == 0
 
-    # -- kinds of documents --------------------------------------------------------------------------------------
-
     def document(self, dice: Dice, kind: str | None = None) -> Document:
-        """One document; its kind is drawn from DOCUMENT_KINDS unless it is given."""
+        """One document. Its kind names a method below, and is drawn from DOCUMENT_KINDS unless it is given."""
         before = dice.nats
         kind = kind or dice.weighted(DOCUMENT_KINDS)
         text = getattr(self, kind)(dice)
@@ -153,7 +151,7 @@ class World:
         return [self.document(dice, kind) for _ in range(count)]
 
     def notes(self, dice: Dice, people: int | None = None, questions: int = 4) -> str:
-        """Facts about one or two new people, then questions: the answers stand in the notes, nowhere else."""
+        """Facts about one or two new people, then questions; the answers stand in the notes and nowhere else."""
         people = people or dice.pick((1, 2))
         cast: list[Person] = []
         told: list[tuple[Person, str]] = []
@@ -191,7 +189,7 @@ class World:
             f"{dice.pick(words.TOWNS)} with a {look} {thing}. {dice.pick(PLACES)} {who} met {friend.name}, "
             f"the {friend.facts['job']}, who had some {food} and a {dice.pick(words.ADJECTIVES)} {animal}."
         )
-        turns = (  # functions, so that no choice is made, or counted, for a turn that is not told
+        turns = (  # functions, so that a turn that is not told makes no choices and adds no nats
             lambda: f'"{dice.pick(GREETINGS)}, {who}," said {other}. "Is that your {thing}?"',
             lambda: f"{who} gave {other} the {thing} for the {food}.",
             lambda: f"Then the {animal} {dice.pick(DEEDS)} the {dice.pick((thing, food))}.",
@@ -199,12 +197,11 @@ class World:
             lambda: f"It {dice.pick(SKIES)}, and {who} and {other} {dice.pick(WAITED)} {dice.pick(PLACES).lower()}.",
         )
         told = " ".join(turn() for turn in dice.several(turns, 3))
-        return (
-            f"{text} {told} In the end {dice.pick((who, other))} went home with the {dice.pick((thing, food, animal))}."
-        )
+        end = f"In the end {dice.pick((who, other))} went home with the {dice.pick((thing, food, animal))}."
+        return f"{text} {told} {end}"
 
     def instruction(self, dice: Dice, tasks: int = 3) -> str:
-        """Small tasks with one right answer, or with right answers that can be told from wrong ones."""
+        """Small tasks. Where several answers are right, a scorer can tell them from the wrong ones."""
         return "\n".join(self._instruction(dice, form) for form in dice.several(INSTRUCTIONS, tasks))
 
     def _instruction(self, dice: Dice, form: str) -> str:
@@ -213,7 +210,7 @@ class World:
             task, answer = f"Describe the {first} {second} {thing}.", f"The {thing} is {first} and {second}."
         elif form == "list":
             kind = dice.pick(list(CLASSES))
-            task, answer = f"List three {PLURALS[kind]}.", ", ".join(dice.several(CLASSES[kind], 3)) + "."
+            task, answer = f"List three {kind}s.", ", ".join(dice.several(CLASSES[kind], 3)) + "."
         elif form == "backwards":
             items = dice.several(dice.pick(list(CLASSES.values())), 3)
             task, answer = f"Write backwards: {' '.join(items)}.", f"{' '.join(reversed(items))}."
@@ -227,16 +224,15 @@ class World:
             kinds = dice.several(list(CLASSES), 2)
             items = [dice.pick(CLASSES[kind]) for kind in kinds]
             wanted = dice.pick((0, 1))
-            task, answer = (
-                f"Which is one of the {PLURALS[kinds[wanted]]}: {items[0]} or {items[1]}?",
-                f"{items[wanted]}.",
-            )
+            task = f"Which is one of the {kinds[wanted]}s: {items[0]} or {items[1]}?"
+            answer = f"{items[wanted]}."
         return f"Instruction: {task}\nAnswer: {answer}"
 
     def pattern(self, dice: Dice) -> str:
-        """Examples of a rule that is never named: the next one follows from those before."""
+        """Five examples of a rule that is never named."""
         form = dice.pick(("class", "quote", "swap", "twice"))
-        items = [dice.pick(words_of) for words_of in [dice.pick(list(CLASSES.values())) for _ in range(5)]]
+        classes = [dice.pick(list(CLASSES.values())) for _ in range(5)]
+        items = [dice.pick(words_of_class) for words_of_class in classes]
         if form == "class":
             pairs = [f"{item} -> {next(kind for kind in CLASSES if item in CLASSES[kind])}" for item in items]
         elif form == "quote":
@@ -250,14 +246,13 @@ class World:
 
 
 def nats_per_token(documents: Sequence[Document], encoded: Sequence[Sequence[int]]) -> float:
-    """The entropy floor of these documents: their nats over the tokens to predict, an end token each included."""
+    """The entropy floor of these documents: their nats over their tokens, one end token for each included."""
     return sum(document.nats for document in documents) / sum(len(ids) + 1 for ids in encoded)
 
 
 def is_right_list(prompt: str, answer: str) -> bool:
     """Whether `answer` gives three different words of the kind that the last "List three ..." of `prompt` names."""
-    plural = prompt.rpartition("List three ")[2].split(".")[0]
-    kind = next(kind for kind, name in PLURALS.items() if name == plural)
+    kind = prompt.rpartition("List three ")[2].split("s.")[0]
     given = answer.strip().removesuffix(".").split(", ")
     return len(given) == len(set(given)) == 3 and set(given) <= set(CLASSES[kind])
 
