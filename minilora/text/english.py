@@ -11,17 +11,14 @@ STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
 
 def standard_library_files() -> list[Path]:
     """The standard library's modules in a fixed order, without its tests, demos and tables and what was installed."""
-    skip = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
-    skip |= {"__pycache__", "pydoc_data", "encodings"}
+    skip = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "encodings"}
     files = sorted(STANDARD_LIBRARY.rglob("*.py"))
     return [file for file in files if not skip & set(file.relative_to(STANDARD_LIBRARY).parts)]
 
 
 def python_code(characters: int = 2_000_000) -> str:
-    """The first `characters` of the standard library's source, its files in a fixed shuffled order.
-
-    They are shuffled so that a validation part cut from the end holds files of every kind.
-    """
+    """The first `characters` of the standard library's source, its files in a fixed shuffled order, so that a
+    validation part cut from the end holds files of every kind."""
     files = standard_library_files()
     random.Random(0).shuffle(files)
     return "".join(_read(file) + "\n" for file in files)[:characters]

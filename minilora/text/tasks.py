@@ -6,9 +6,8 @@
     facts    new knowledge: people the base has never heard of, asked with phrasings that training never used
 
 `validation` never shares a person with `train`; in `facts`, where the people are what is learned, it never shares a
-phrasing instead. Each example carries the exact entropy of its completion given its prompt. The sum of these entropies
-over the number of validation tokens is the floor of the validation loss: zero where one answer is right, and above
-zero for `pirate`.
+phrasing instead. Each example carries the exact entropy of its completion given its prompt. The sum of these over the
+validation tokens is the floor of the validation loss: zero where only one answer is right, above zero for `pirate`.
 """
 
 import json

@@ -7,12 +7,13 @@ Newer checkpoints come with a `tokenizer.json` only, which the `tokenizers` libr
 """
 
 import io
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
+
+from minilora.storage.files import read_json
 
 SPACE = "\u2581"  # "▁", which stands for a space inside sentencepiece's tokens
 
@@ -47,11 +48,9 @@ class Tokenizer:
 
 
 class JsonTokenizer:
-    """The same for a `tokenizer.json`. The file `tokenizer_config.json` beside it names the begin and end tokens; where
-    it names no begin token, the end token serves as one, as in GPT-2.
-
-    Raises ValueError without the `tokenizers` library, for a damaged file, and where no end token is named.
-    """
+    """The same for a `tokenizer.json`. Beside it, `tokenizer_config.json` names the begin and end tokens; where no
+    begin token is named, the end token serves as one, as in GPT-2. Raises ValueError without the `tokenizers` library,
+    for a damaged file, and where no end token is named."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -65,10 +64,7 @@ class JsonTokenizer:
             raise ValueError(f"{self.path} is not a tokenizer: {error}") from None
         self.vocab_size: int = self._reader.get_vocab_size()
         settings = self.path.with_name("tokenizer_config.json")
-        try:
-            named = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-        except ValueError as error:
-            raise ValueError(f"{settings} is not valid JSON: {error}") from None
+        named = read_json(settings) if settings.is_file() else {}
         begin, end = (self._special_id(named.get(key)) for key in ("bos_token", "eos_token"))
         if end is None:
             raise ValueError(f"{settings} names no eos_token that {self.path.name} has")
@@ -91,22 +87,18 @@ AnyTokenizer = Tokenizer | JsonTokenizer  # alike in path, vocab_size, bos_id, e
 
 def open_tokenizer(directory: str | Path) -> AnyTokenizer:
     """The tokenizer of a model's folder: `tokenizer.model`, or else `tokenizer.json`."""
-    directory = Path(directory)
-    if (directory / "tokenizer.json").is_file() and not (directory / "tokenizer.model").is_file():
-        return JsonTokenizer(directory / "tokenizer.json")
-    return Tokenizer(directory / "tokenizer.model")
+    model, other = Path(directory) / "tokenizer.model", Path(directory) / "tokenizer.json"
+    return JsonTokenizer(other) if other.is_file() and not model.is_file() else Tokenizer(model)
 
 
 def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 2048) -> Tokenizer:
-    """Learns a BPE vocabulary from `texts` and writes it to `path`. Special ids as in Llama: unk 0, bos 1, eos 2."""
-    settings: dict[str, Any] = dict(model_type="bpe", byte_fallback=True, split_digits=True)  # as in Llama
+    """Learns a BPE vocabulary from `texts` and writes it to `path`. As in Llama: single digits, unk 0, bos 1, eos 2."""
+    settings: dict[str, Any] = dict(model_type="bpe", vocab_size=vocab_size, byte_fallback=True, split_digits=True)
     # What goes in comes out: no text is normalised, no space invented or removed, no character left out.
     settings |= dict(normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False)
     settings |= dict(allow_whitespace_only_pieces=True, character_coverage=1.0, required_chars="")
     settings |= dict(max_sentence_length=1 << 20, num_threads=1, minloglevel=1)
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, **settings
-    )
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, **settings)
     Path(path).write_bytes(model.getvalue())
     return Tokenizer(path)

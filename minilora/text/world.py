@@ -43,7 +43,7 @@ class Dice:
         return chosen
 
     def weighted(self, options: dict):
-        """A key of `options`, drawn with the probability p that is its value: -log p nats. The values sum to 1."""
+        """A key of `options`, drawn with the probability p that is its value: -log p nats. The p sum to 1."""
         point = self.random.random()
         for option in options:
             if point < options[option]:
@@ -96,7 +96,7 @@ FACTS = {
         ("What does {name} like?", "Which food does {name} like?"),
     ),
 }
-CLASSES = {"town": words.TOWNS, "job": words.JOBS, "animal": words.ANIMALS, "food": words.FOODS, "thing": words.THINGS}
+CLASSES = {kind: values for kind, (values, _, _) in FACTS.items()} | {"thing": words.THINGS}
 DOCUMENT_KINDS = {"story": 0.2, "notes": 0.4, "memory": 0.15, "resident": 0.05, "instruction": 0.14, "pattern": 0.06}
 
 
@@ -127,8 +127,7 @@ class World:
 
     def person(self, dice: Dice, kinds: Iterable[str] = (), other: Person | None = None) -> Person:
         """Somebody new, whose first name differs from `other`'s, with a fact of each of `kinds`."""
-        firsts = [first for first in words.FIRST_NAMES if other is None or first != other.first]
-        first = dice.pick(firsts)
+        first = dice.pick([first for first in words.FIRST_NAMES if other is None or first != other.first])
         held_out = self.people == "validation"
         surname = dice.pick([last for last in words.SURNAMES if self.is_validation(first, last) == held_out])
         return Person(f"{first} {surname}", {kind: dice.pick(FACTS[kind][0]) for kind in kinds})
@@ -152,10 +151,9 @@ class World:
 
     def notes(self, dice: Dice, people: int | None = None, questions: int = 4) -> str:
         """Facts about one or two new people, then questions; the answers stand in the notes and nowhere else."""
-        people = people or dice.pick((1, 2))
         cast: list[Person] = []
         told: list[tuple[Person, str]] = []
-        for _ in range(people):
+        for _ in range(people or dice.pick((1, 2))):
             kinds = dice.several(list(FACTS), dice.pick((2, 3, 4)))
             cast.append(self.person(dice, kinds, other=cast[0] if cast else None))
             told += [(cast[-1], kind) for kind in kinds]
@@ -181,8 +179,7 @@ class World:
         """Something happens to somebody: much freedom, and names, places and things that come back."""
         hero = self.person(dice)
         friend = self.person(dice, ["job"], other=hero)
-        thing, food, animal = dice.pick(words.THINGS), dice.pick(words.FOODS), dice.pick(words.ANIMALS)
-        look = dice.pick(words.ADJECTIVES)
+        thing, food, animal, look = map(dice.pick, (words.THINGS, words.FOODS, words.ANIMALS, words.ADJECTIVES))
         who, other = hero.first, friend.first
         text = (
             f"Story: One {dice.pick(WEATHER)} {dice.pick(TIMES)}, {hero.name} {dice.pick(WENT)} "
@@ -224,8 +221,7 @@ class World:
             kinds = dice.several(list(CLASSES), 2)
             items = [dice.pick(CLASSES[kind]) for kind in kinds]
             wanted = dice.pick((0, 1))
-            task = f"Which is one of the {kinds[wanted]}s: {items[0]} or {items[1]}?"
-            answer = f"{items[wanted]}."
+            task, answer = f"Which is one of the {kinds[wanted]}s: {items[0]} or {items[1]}?", f"{items[wanted]}."
         return f"Instruction: {task}\nAnswer: {answer}"
 
     def pattern(self, dice: Dice) -> str:
