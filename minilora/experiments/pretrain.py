@@ -1,7 +1,7 @@
 """The shipped base, from nothing: its text, its tokenizer, its training, and the record of how it was made.
 
-The text is the tiny world and, for one document token in seven, the interpreter's own documentation, so that the base
-also speaks some real English. The loop is the same `train` that fine-tunes.
+The text is the tiny world and, for one token in seven, the documentation that ships with Python, so that the base also
+speaks some real English. The loop is the same `train` that fine-tunes.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from minilora.storage.models import save_model
 from minilora.text import words
 from minilora.text.batches import Batches, pack
 from minilora.text.english import python_documentation
-from minilora.text.tokenizer import Tokenizer, train_tokenizer
+from minilora.text.tokenizer import AnyTokenizer, Tokenizer, train_tokenizer
 from minilora.text.world import World, nats_per_token
 from minilora.train import TrainConfig, train
 
@@ -32,7 +32,7 @@ ENGLISH_SHARE = 0.14  # of all tokens
 def pretraining_config(steps: int, seed: int) -> TrainConfig:
     return TrainConfig(
         steps=steps,
-        batch_size=8,  # small batches: at this size more steps teach more than better gradients do
+        batch_size=8,  # few rows: for a model so small, more steps teach more than better gradients do
         learning_rate=3e-3,
         warmup_steps=min(200, steps // 10),
         final_learning_rate=0.01,
@@ -45,27 +45,24 @@ def pretraining_config(steps: int, seed: int) -> TrainConfig:
 
 
 def make_tokenizer(path: Path) -> Tokenizer:
-    """BPE on a sample of the mix, plus each word of the world in quotes, so that the bare word is one token as well
-    as the word after a space. The newcomers' names are left out: a token that pretraining never meets is a token
-    that a frozen embedding never learned."""
+    """BPE on a sample of the mix, and on each word of the world in quotes, so that a word is one token without a space
+    before it as well as with one. The newcomers' names are left out: pretraining never meets them, so a token of their
+    own would keep its random embedding, and in fine-tuning the embedding is frozen."""
     lists = [name for name in sorted(vars(words)) if name.isupper() and name != "NEWCOMER_NAMES"]
-    vocabulary = [word for name in lists for word in getattr(words, name)]
+    quoted = [f'"{word}"' for name in lists for word in getattr(words, name)] * 300
     world = [document.text for document in World().documents(8000, seed="tokenizer")]
-    quoted = [f'"{word}"' for word in vocabulary] * 300
     return train_tokenizer(world + python_documentation() + quoted, path, GPTConfig.preset("base").vocab_size)
 
 
-def pretraining_rows(tokenizer: Tokenizer, tokens: int, seed: int) -> Batches:
+def pretraining_rows(tokenizer: AnyTokenizer, tokens: int, seed: int) -> Batches:
     """At least `tokens` tokens of whole documents, world and English shuffled together, in rows of ROW tokens."""
-    english = [
-        ids[start : start + ROW - 2]
-        for ids in map(tokenizer.encode, python_documentation())
-        for start in range(0, len(ids), ROW - 2)
-    ]
+    room = ROW - 2  # beside <bos> and <eos>
+    texts = map(tokenizer.encode, python_documentation())
+    english = [ids[start : start + room] for ids in texts for start in range(0, len(ids), room)]
     rng = random.Random(seed)
     rng.shuffle(english)
     documents, count = [], 0
-    for ids in itertools.cycle(english):  # several times over: there is less of it than wanted
+    for ids in itertools.cycle(english):  # a long run needs more English than there is, and repeats it
         if count >= tokens * ENGLISH_SHARE:
             break
         documents.append(ids)
@@ -92,21 +89,16 @@ def pretrain(out: Path, steps: int, seed: int = 0, device: str = "cpu", resume: 
     encoded = [tokenizer.encode(document.text) for document in documents]
     torch.manual_seed(seed)
     model = GPT(GPTConfig.preset("base")).to(device)
-    state = out / "training_state.safetensors"
+    validation, state = pack(encoded, ROW, tokenizer), out / "training_state.safetensors"
     start = time.perf_counter()
     history = train(
-        model,
-        data,
-        config,
-        validation=pack(encoded, ROW, tokenizer),
-        state_path=state,
-        resume=resume,
-        description="pretrain",
-        progress=progress,
+        model, data, config, validation, state_path=state, resume=resume, description="pretrain", progress=progress
     )
     wall_seconds = time.perf_counter() - start
     save_model(model, out)
     report = evaluate_world(model.float(), tokenizer, count=300)
+    machine: dict[str, str | int] = {"processor": platform.processor() or platform.machine(), "device": device}
+    machine |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
     record = {
         "seed": seed,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -114,13 +106,7 @@ def pretrain(out: Path, steps: int, seed: int = 0, device: str = "cpu", resume: 
         "tokens": history.tokens,
         "training_seconds": round(sum(history.step_seconds)),
         "wall_seconds": round(wall_seconds),
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "device": device,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "machine": machine,
         "config": asdict(config),
         "train_loss": [[step, round(loss, 4)] for step, loss in history.train_loss[:: max(1, steps // 200)]],
         "validation_loss": [[step, round(loss, 4)] for step, loss in history.validation_loss],
