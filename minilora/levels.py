@@ -1,7 +1,7 @@
 """Where the levels of a 4-bit number lie, and how a number from -1 to 1 is rounded to one of them.
 
-int4, FP4 and NF4 are tables of sixteen, each made by its formula and indexed by code; the largest entry is 1. Scales
-under double quantization have a table of 256. `quant.py` rounds and looks up here and knows nothing else of a scheme.
+int4, FP4 and NF4 are tables of sixteen levels, each made by its formula and indexed by code; the largest level is 1.
+Double quantization rounds the scales to a table of 256. All that `quant.py` knows of a scheme it looks up here.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,28 +17,22 @@ def int4_levels() -> Tensor:
 
 
 def fp4_levels() -> Tensor:
-    """The code's bits are s e e m: (-1)^s · (1 + m/2) · 2^(4 - e), or m/16 where e is 0; over 12, the largest.
-
-    bitsandbytes' own: a larger e is a smaller number, and both zeros, codes 0 and 8, are positive.
-    """
-    levels = []
-    for code in range(16):
-        sign, exponent, mantissa = -1 if code & 8 else 1, code >> 1 & 3, code & 1
-        magnitude = (1 + mantissa / 2) * 2 ** (4 - exponent) if exponent else mantissa / 16
-        levels.append(sign * magnitude / 12 + 0.0)  # + 0.0 turns -0.0 into 0.0
-    return torch.tensor(levels)
+    """The code's bits are s e e m: (-1)^s · (1 + m/2) · 2^(4 - e) / 12, or (-1)^s · m/16 / 12 where e is 0. As in
+    bitsandbytes, a larger e is a smaller number, 12 is the largest magnitude, and codes 0 and 8 are both 0.0."""
+    code = torch.arange(16)
+    s, e, m = code >> 3, code >> 1 & 3, code & 1
+    magnitude = torch.where(e > 0, (1 + m / 2) * 2 ** (4 - e), m / 16)
+    return (1 - 2 * s) * magnitude / 12 + 0.0  # + 0.0 turns -0.0 into 0.0
 
 
 def nf4_levels() -> Tensor:
-    """Quantiles of the standard normal, 8 above zero and 7 below, with zero, over the largest (Dettmers 2023, app. E).
+    """Quantiles of the standard normal, 8 above zero, 7 below, and zero, over the largest (Dettmers 2023, app. E).
 
-    Their probabilities are evenly spaced, from 1/2, where the quantile is 0, to 0.9677083 and not to 1, where it is
-    infinite: halfway between 1 - 1/32 and 1 - 1/30, the middles of the last of 16 and of 15 equal slices.
-    """
+    Their probabilities are evenly spaced between 1/2, where the quantile is 0, and 0.9677083, short of 1, where it is
+    infinite: halfway between 1 - 1/32 and 1 - 1/30, the middles of the last of 16 and of 15 equal slices."""
     last = 0.9677083
-    above = normal_quantile(torch.linspace(last, 0.5, 9)[:-1])
-    below = -normal_quantile(torch.linspace(last, 0.5, 8)[:-1])
-    levels = torch.cat([below, torch.zeros(1), above]).sort().values
+    above, below = (normal_quantile(torch.linspace(last, 0.5, count + 1)[:-1]) for count in (8, 7))
+    levels = torch.cat([-below, torch.zeros(1), above]).sort().values
     return levels / levels.max()
 
 
@@ -48,23 +42,19 @@ def normal_quantile(probability: Tensor) -> Tensor:
 
 def scale_levels() -> Tensor:
     """The 256 levels of an 8-bit scale, sorted: 1, 2, 4, ... 64 in each of seven decades, each way, and 0 and 1.
-
-    "Dynamic" quantization (Dettmers 2016, section 1.3.1): fine steps near 1, and still some left at a millionth.
-    """
-    decades = []
-    for number in range(7):
-        edges = torch.linspace(0.1, 1, 2**number + 1)
-        decades.append(10 ** (number - 6) * ((edges[:-1] + edges[1:]) / 2))
-    above = torch.cat(decades)
+    "Dynamic" quantization (Dettmers 2016, section 1.3.1): fine steps near 1, and still some left at a millionth."""
+    edges = [torch.linspace(0.1, 1, 2**decade + 1) for decade in range(7)]
+    above = torch.cat([10 ** (decade - 6) * ((edge[:-1] + edge[1:]) / 2) for decade, edge in enumerate(edges)])
     return torch.cat([-above, above, torch.tensor([0.0, 1.0])]).sort().values
 
 
 class Tables(Mapping):
-    """By scheme, its levels (16,) float32, indexed by code. A table is made by its formula when first asked for."""
+    """Scheme -> its levels (16,) float32, indexed by code. A table is made by its formula when first asked for."""
 
     def __init__(self, **formulas: Callable[[], Tensor]):
         self.formulas = formulas
         self.made = cache(lambda scheme: formulas[scheme]())
+        self.cache_clear = self.made.cache_clear
 
     def __getitem__(self, scheme: str) -> Tensor:
         return self.made(scheme)
@@ -78,21 +68,18 @@ class Tables(Mapping):
     def __len__(self) -> int:
         return len(self.formulas)
 
-    def cache_clear(self):
-        self.made.cache_clear()
-
 
 LEVELS = Tables(int4=int4_levels, fp4=fp4_levels, nf4=nf4_levels)
 SCALE_LEVELS = scale_levels()  # (256,) float32
 
 
 def encode(scaled: Tensor, scheme: str) -> Tensor:
-    """The code of the nearest level for each of scaled (n,), uint8 (n,)."""
+    """The codes (n,), uint8, of the levels nearest to scaled (n,)."""
     if scheme == "int4":
         return int4_codes(scaled)
     levels, order = LEVELS[scheme].to(scaled.device).sort(stable=True)
     codes = nearest(scaled, levels)
-    return codes if scheme == "nf4" else order.to(torch.uint8)[codes.int()]  # fp4's codes are not in order of value
+    return codes if scheme == "nf4" else order.to(torch.uint8)[codes.int()]  # FP4's codes are not in order of value
 
 
 def int4_codes(scaled: Tensor) -> Tensor:
@@ -101,7 +88,7 @@ def int4_codes(scaled: Tensor) -> Tensor:
 
 
 def nearest(scaled: Tensor, levels: Tensor) -> Tensor:
-    """How many midpoints between the sorted levels lie below each value; on a midpoint, the lower level. uint8."""
+    """The index, uint8, of the nearest sorted level: how many midpoints lie below. On a midpoint, the lower level."""
     return torch.bucketize(scaled, (levels[:-1] + levels[1:]) / 2, out_int32=True).to(torch.uint8)
 
 
