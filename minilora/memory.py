@@ -15,27 +15,27 @@ Training holds four kinds of tensors:
 A tensor is only a view: shape and strides over a *storage*, the block of memory that holds the numbers. `x.T` and
 `x[0]` are tensors without memory of their own, so the meter counts storages, each once.
 
-How it works. Every operation of torch, forward, backward and optimizer alike, passes through a
-`TorchDispatchMode`. There the meter looks at the storages that go in and come out. A new one is written into a diary
-(+ bytes), and a weak reference, which does not keep it alive, tells when it dies (- bytes). Reading the
-diary again from the start gives the live bytes at any moment, and the peak.
+How it works. Every operation of torch, forward, backward and optimizer alike, passes through a `TorchDispatchMode`.
+There the meter looks at the storages that go in and come out. It writes a new one into a diary (+ bytes), and a weak
+reference, which does not keep the storage alive, tells when it dies (- bytes). Reading the diary from its start gives
+the live bytes at any moment, and the peak.
 
 How the kinds are told apart. Weights are known at the start. A gradient is born nameless inside backward; autograd
 calls a hook once it has become some parameter's `.grad`. Optimizer state is whatever `optimizer.state` holds after a
-step. Since the diary is read afterwards, a storage counts under its final name from its first byte.
+step. Because the diary is read afterwards, a storage counts under its final name from its first byte.
 
-What it sees: all that autograd saves, recomputation under checkpointing, custom autograd Functions, in-place
+What the meter sees: all that autograd saves, recomputation under checkpointing, custom autograd Functions, in-place
 operations, fake tensors (which have sizes and no numbers), and CUDA's backward, whose threads inherit the mode.
 
 What it does not see: scratch memory inside one kernel, blocks that an allocator keeps or loses to fragmentation, the
-CUDA context (some hundred MiB), sparse tensors, and inputs before any operation touches them. So this is the sum
-of tensors and not what `nvidia-smi` shows. Watching costs about 20 microseconds per operation: never time a step
-under the meter.
+CUDA context (some hundred MiB), sparse tensors, and inputs before any operation touches them; `nvidia-smi` shows more.
+Watching costs about 20 microseconds per operation: never time a step under the meter.
 """
 
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -73,13 +73,11 @@ class Storage:
 class MemoryMeter(TorchDispatchMode):
     """Counts live bytes of tensors by kind inside a `with` block, on any device.
 
-    Each `with` starts a new diary with all that is alive then. Wrap one step, or a few: the diary grows by about
-    two lines for each tensor made.
+    Each `with` starts a new diary with all that is alive then. Wrap one step or a few: each tensor adds two lines.
 
     model: its parameters and buffers at the start of the block are the weights.
-    optimizer: give it if it has taken steps already; the state of any optimizer that steps inside is found anyway.
-    block: round every storage up to a multiple of this many bytes; 1 counts raw bytes, 512 is what CUDA's allocator
-        hands out.
+    optimizer: needed if it has taken steps already; the state of any optimizer that steps inside is found anyway.
+    block: every storage is rounded up to a multiple of this many bytes; CUDA's allocator hands out 512 at a time.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None = None, block: int = 1):
@@ -92,12 +90,10 @@ class MemoryMeter(TorchDispatchMode):
 
     def __enter__(self):
         self._diary = [(storage, storage.bytes) for storage in list(self._alive.values())]
-        for tensor in [*self.model.parameters(), *self.model.buffers()]:
-            self._see(tensor, "weights")
+        self._see([*self.model.parameters(), *self.model.buffers()], "weights")
         self._hooks = [register_optimizer_step_post_hook(self._after_optimizer_step)]
         for parameter in self.model.parameters():
-            if parameter.grad is not None:
-                self._after_gradient(parameter)
+            self._after_gradient(parameter)
             if parameter.requires_grad:
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._after_gradient))
         if self.optimizer is not None:
@@ -111,39 +107,33 @@ class MemoryMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
-        for value in tree_leaves((args, kwargs, result)):
-            if isinstance(value, Tensor):
-                self._see(value)
+        self._see((args, kwargs, result), "activations")
         return result
 
     def _after_gradient(self, parameter: Tensor):
         self._see(parameter.grad, "gradients")
 
     def _after_optimizer_step(self, optimizer: Optimizer, *_):
-        for value in tree_leaves([list(state.values()) for state in optimizer.state.values()]):
-            if isinstance(value, Tensor):
-                self._see(value, "optimizer")
+        self._see([list(state.values()) for state in optimizer.state.values()], "optimizer")
 
-    def _see(self, tensor: Tensor, kind: str = "activations"):
-        """Writes the tensor's storage into the diary if it is new, and names its kind if it had no name yet."""
-        if tensor.layout != torch.strided:
-            return  # sparse tensors have no storage of their own
-        memory = tensor.untyped_storage()
-        address = memory._cdata
-        size = -(-memory.nbytes() // self.block) * self.block  # rounded up
-        if address not in self._alive:
-            watcher = weakref.ref(memory, lambda _: self._forget(address))
-            self._alive[address] = Storage(size, kind, watcher)
-            self._diary.append((self._alive[address], size))
-            return
-        storage = self._alive[address]
-        if storage.kind == "activations":  # not named yet
-            storage.kind = kind
-        if storage.bytes != size:  # resized in place
-            self._diary.append((storage, size - storage.bytes))
-            storage.bytes = size
+    def _see(self, values, kind: str):
+        """Follows the storage of each tensor in these nested values. "activations" gives way to any other kind."""
+        for tensor in tree_leaves(values):
+            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+                continue  # sparse tensors have no storage of their own
+            memory = tensor.untyped_storage()
+            address = memory._cdata
+            if address not in self._alive:
+                self._alive[address] = Storage(0, kind, weakref.ref(memory, partial(self._forget, address)))
+            storage = self._alive[address]
+            if storage.kind == "activations":
+                storage.kind = kind
+            size = -(-memory.nbytes() // self.block) * self.block  # rounded up
+            if storage.bytes != size:  # new, or resized in place
+                self._diary.append((storage, size - storage.bytes))
+                storage.bytes = size
 
-    def _forget(self, address: int):
+    def _forget(self, address: int, _):
         storage = self._alive.pop(address)
         self._diary.append((storage, -storage.bytes))
 
@@ -157,10 +147,8 @@ class MemoryMeter(TorchDispatchMode):
     @property
     def now(self) -> Bytes:
         """What is alive at this moment."""
-        live = dict.fromkeys(KINDS, 0)
-        for storage in self._alive.values():
-            live[storage.kind] += storage.bytes
-        return Bytes(**live)
+        alive = list(self._alive.values())  # a copy, because storages may die meanwhile
+        return Bytes(**{kind: sum(storage.bytes for storage in alive if storage.kind == kind) for kind in KINDS})
 
     @property
     def peak(self) -> Bytes:
@@ -169,17 +157,11 @@ class MemoryMeter(TorchDispatchMode):
 
     @property
     def highest(self) -> dict[str, int]:
-        """Each kind's own largest value, and the largest total as "peak".
-
-        The kinds are largest at different moments (activations before backward, gradients after it), so they add up to
-        more than the peak.
-        """
-        highest = dict.fromkeys([*KINDS, "peak"], 0)
-        for live in self.timeline():
-            for kind in KINDS:
-                highest[kind] = max(highest[kind], getattr(live, kind))
-            highest["peak"] = max(highest["peak"], live.total)
-        return highest
+        """Each kind's own largest value, and the largest total as "peak". The kinds are largest at different moments
+        (activations before backward, gradients after it), so they add up to more than the peak."""
+        moments = [Bytes(), *self.timeline()]
+        own = {kind: max(getattr(live, kind) for live in moments) for kind in KINDS}
+        return own | {"peak": self.peak.total}
 
     def report(self) -> str:
         """A table: each kind now, at the peak, and at its own largest."""
