@@ -43,7 +43,7 @@ class Dice:
         return chosen
 
     def weighted(self, options: dict):
-        """A key of `options`, drawn with the probability p that is its value: -log p nats. The p sum to 1."""
+        """A key of `options`, drawn with the probability p that is its value: -log p nats. All p sum to 1."""
         point = self.random.random()
         for option in options:
             if point < options[option]:
