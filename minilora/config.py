@@ -1,0 +1,60 @@
+"""What an adapter is made of: `LoRAConfig`, its checks, and the scale s. Field names and meanings are PEFT's."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+# How A and B can start (`adapters/starts.py` computes each). True: A uniform within ±1/√in; "eva" needs data as well.
+STARTS = (True, "gaussian", "pissa", "olora", "eva")
+
+
+def check_hyperparameters(r: int, lora_alpha: float, lora_dropout: float):
+    """Raises ValueError, naming the field, for a value that cannot work."""
+    check_rank("r", r)
+    check_alpha("lora_alpha", lora_alpha)
+    if not 0 <= lora_dropout < 1:
+        raise ValueError(f"lora_dropout is {lora_dropout!r}; it must be a probability of at least 0 and below 1")
+
+
+def check_rank(name: str, r: int):
+    if type(r) is not int or r < 1:
+        raise ValueError(f"{name} is {r!r}; it must be a whole number of at least 1")
+
+
+def check_alpha(name: str, lora_alpha: float):
+    if not (isinstance(lora_alpha, (int, float)) and 0 < lora_alpha < math.inf):
+        raise ValueError(f"{name} is {lora_alpha!r}; it must be a number above 0")
+
+
+@dataclass
+class LoRAConfig:
+    """Which layers get an adapter, and of what shape.
+
+    Raises ValueError for a rank, alpha or dropout out of range and for an unknown start, naming the field.
+    """
+
+    r: int = 8  # rank of the update
+    lora_alpha: float = 16  # the update is scaled by lora_alpha / r
+    lora_dropout: float = 0.0  # on the input of A, while training
+    target_modules: Sequence[str] | str = ("q_proj", "v_proj")  # name suffixes, one regular expression, or "all-linear"
+    use_rslora: bool = False  # scale by lora_alpha / sqrt(r) (Kalajdzievski 2023), so that a high rank still learns
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # name suffix or expression -> r for those layers
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # the same for lora_alpha
+    use_dora: bool = False  # magnitude and direction apart (Liu 2024): adapters/dora.py
+    init_lora_weights: bool | str = True  # how A and B start, one of STARTS; True: A random, B zero
+
+    def __post_init__(self):
+        if not isinstance(self.target_modules, str):
+            self.target_modules = list(self.target_modules)
+        check_hyperparameters(self.r, self.lora_alpha, self.lora_dropout)
+        for key, r in self.rank_pattern.items():
+            check_rank(f"rank_pattern[{key!r}]", r)
+        for key, lora_alpha in self.alpha_pattern.items():
+            check_alpha(f"alpha_pattern[{key!r}]", lora_alpha)
+        if self.init_lora_weights not in STARTS:
+            raise ValueError(f"init_lora_weights is {self.init_lora_weights!r}; known are {STARTS}, and apply_loftq")
+
+
+def lora_scaling(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
+    """s = lora_alpha / r, or lora_alpha / √r for rsLoRA."""
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)

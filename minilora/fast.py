@@ -1,0 +1,127 @@
+"""LoRA's forward and backward pass at the least cost: the function of `LoRALinear`, up to rounding.
+
+Plain autograd over the formula makes six thin products, N·r·in or N·r·out, where `FormedWeight` makes four, passes
+several times over arrays of N·out numbers, and under dropout keeps a dropped copy of x for every layer. `FormedWeight`
+is for many tokens and `LowRankTerm` for few; `FastLoRALinear` chooses by counting multiplications.
+
+Letters in the shape comments: N tokens (all leading dimensions of x), in and out features, r rank (2r after PiSSA).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from minilora.dtypes import autocast_dtype
+from minilora.lora import LoRALinear
+
+
+class FormedWeight(Function):
+    """y = (W + s·BA) x + b, with W + s·BA formed in forward, thrown away, and formed again in backward.
+
+    Multiplications, for N tokens (times two for FLOPs; x, y and g = dL/dy as rows):
+
+        full fine-tuning                        LoRA, this form
+        y  = x Wᵀ           N·in·out            y  = x (W + sBA)ᵀ     N·in·out + r·in·out
+        gx = g W            N·in·out            gx = g (W + sBA)      N·in·out + r·in·out
+        gW = gᵀ x           N·in·out            gA = (s·Bᵀgᵀ) x       N·r·(out + in)
+                                                gB = (s·A xᵀ g)ᵀ      N·r·(in + out)
+
+    Of three large products two remain: that is the limit of 2/3. LoRA saves the weight gradient, never the product
+    that carries the gradient on to the layers below. The rest is 2·r/N + 2·r·(in + out)/(in·out) of one large product:
+    7 % for r = 8, 512 features and 2048 tokens. Plain autograd over y = W x + s·B(A x) spends 3·N·r·(in + out) on thin
+    products instead of 2·N·r·(in + out). It also passes several times over arrays of N·out numbers, to scale, to add
+    and to collect gradients, and these passes wait for memory longer than the arithmetic takes.
+
+    Saved for backward: x, and references to W, A, B. Keeping W + sBA would hold a second copy of every weight from
+    forward to backward; forming it again costs r·in·out.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        ctx.save_for_backward(x, W, A, B)
+        ctx.scaling = scaling
+        return F.linear(x, torch.addmm(W, B, A, alpha=scaling), bias)  # addmm: W + s·B A, (out, in)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        x, W, A, B = ctx.saved_tensors
+        gx = g @ torch.addmm(W, B, A, alpha=ctx.scaling) if ctx.needs_input_grad[0] else None  # (..., in)
+        x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])  # (N, in), (N, out)
+        # Thin matrices lie down, (r, N) and (r, out): as columns, (N, r), the same products take 2 to 5 times as long.
+        gA = (ctx.scaling * B.T @ g.T) @ x  # (r, N) (N, in)
+        gB = ((ctx.scaling * A @ x.T) @ g).T  # ((r, N) (N, out))ᵀ
+        return gx, None, None, gA, gB, None
+
+
+class LowRankTerm(Function):
+    """y = base + s · (m ⊙ x) Aᵀ Bᵀ, with base (..., out) the base layer's output and m a dropout mask or None.
+
+    The base layer computes its output itself, so it may be quantized and of any dtype, and a weight that is not frozen
+    gets its gradient there. Multiplications besides: N·r·(in + out) forward, twice as many backward.
+
+    Saved for backward: x by reference, A x (r numbers a token) and the mask (one byte an element). Plain autograd would
+    hold the dropped x as well, four bytes an element: so LoRA comes to need more memory than full fine-tuning. The
+    products are in the dtype of `base`, also where A and B are float32.
+    """
+
+    @staticmethod
+    def forward(ctx, base: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+        dropped = (x if mask is None else x * mask).reshape(-1, x.shape[-1]).to(base.dtype)  # (N, in)
+        Ax = A.to(base.dtype) @ dropped.T  # (r, N)
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, Ax, A, B, mask)  # A frozen: A x is enough
+        ctx.scaling = scaling
+        rows = base.reshape(-1, base.shape[-1])  # (N, out)
+        return torch.addmm(rows, Ax.T, B.to(base.dtype).T, alpha=scaling).view_as(base)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        x, Ax, A, B, mask = ctx.saved_tensors
+        rows = g.reshape(-1, g.shape[-1])  # (N, out)
+        h = ctx.scaling * B.to(g.dtype).T @ rows.T  # (r, N)
+        gx = gA = None
+        if ctx.needs_input_grad[1]:
+            gx = (h.T @ A.to(g.dtype)).view(*g.shape[:-1], A.shape[1])
+            gx = gx if mask is None else gx * mask
+        if ctx.needs_input_grad[2]:
+            dropped = (x if mask is None else x * mask).reshape(-1, x.shape[-1]).to(g.dtype)  # (N, in)
+            gA = (h @ dropped).to(A.dtype)  # (r, N) (N, in)
+        gB = ctx.scaling * (Ax @ rows).T  # ((r, N) (N, out))ᵀ
+        return g, gx, gA, gB.to(B.dtype), None, None
+
+
+class FastLoRALinear(LoRALinear):
+    """The same layer, faster. Where W + s·BA is formed, base_layer.forward does not run: put hooks on this layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled or self.merged:
+            return super().forward(x)
+        A, B = self.factors()
+        dropping = self.training and self.lora_dropout > 0
+        if not dropping and self.forming_pays(x):
+            return FormedWeight.apply(x, self.base_layer.weight, self.base_layer.bias, A, B, self.scaling)
+        scaling, mask = self.scaling, None
+        if dropping:
+            keep = 1 - self.lora_dropout
+            scaling, mask = scaling / keep, torch.empty_like(x, dtype=torch.bool).bernoulli_(keep)
+        return LowRankTerm.apply(self.base_layer(x), x, A, B, scaling, mask)
+
+    def forming_pays(self, x: Tensor) -> bool:
+        """True where W + s·BA costs less than B(A x), and is exact, and W is frozen, and A is not (x is kept anyway).
+
+        Forming W + s·BA twice costs 2·r·in·out multiplications and spares N·r·(in + out). So it pays for more than
+        N = 2·in·out / (in + out) tokens: the width of a square layer, 1.5 times the shorter side of a layer with sides
+        1 : 3. False in half precision and under autocast: an update below 1/512 of a bfloat16 weight rounds away in it.
+        """
+        tokens, features = x.numel() // self.in_features, self.in_features + self.out_features
+        if tokens * features <= 2 * self.in_features * self.out_features:
+            return False  # asked first, because it is cheap and settles the matter where one token is decoded
+        base, A = self.base_layer, self.lora_A
+        frozen = not any(parameter.requires_grad for parameter in base.parameters())
+        if type(base) is not nn.Linear or not frozen or not A.requires_grad:
+            return False
+        exact = x.dtype == base.weight.dtype == A.dtype and x.dtype.itemsize >= 4
+        return exact and autocast_dtype(x.device) is None
