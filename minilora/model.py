@@ -4,7 +4,7 @@
 
 Every parameter and every config field carries Hugging Face Llama's own name
 (`model.layers.0.self_attn.q_proj.weight`, `num_key_value_heads`), so a real checkpoint loads as it stands.
-This file knows nothing of LoRA, of quantization or of training; those wrap it from outside. In shape comments:
+This file knows nothing of LoRA, quantization or training, which work on it from outside. Letters in shape comments:
     B batch   T new tokens   S all tokens, past ones included   C hidden_size
     H query heads   K key/value heads   D head_dim   V vocab_size
 """
@@ -30,8 +30,8 @@ class GPTConfig:
     intermediate_size: int = 11008  # the width inside the MLP
     num_hidden_layers: int = 32
     num_attention_heads: int = 32  # H
-    num_key_value_heads: int | None = None  # K; fewer than H is grouped-query attention. None: as many as H
-    head_dim: int | None = None  # D; None: hidden_size / num_attention_heads
+    num_key_value_heads: int = 0  # K; fewer than H is grouped-query attention. 0: as many as H
+    head_dim: int = 0  # D; 0: hidden_size / num_attention_heads
     max_position_embeddings: int = 4096  # the longest sequence
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0  # the slowest rotary wavelength is about 2 pi times this, in tokens
@@ -42,7 +42,7 @@ class GPTConfig:
 
     def __post_init__(self):
         H, K = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
-        if self.head_dim is None and self.hidden_size % H:
+        if not self.head_dim and self.hidden_size % H:
             raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {H}")
         self.num_key_value_heads, self.head_dim = K, self.head_dim or self.hidden_size // H
         if H % K:
@@ -75,7 +75,7 @@ class RMSNorm(nn.Module):
 def rotary_frequencies(config: GPTConfig, device=None) -> Tensor:
     """Angle per token of each feature pair: theta^(-2i/D), (D/2,), stretched for long contexts where asked."""
     exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-    frequencies = 1 / config.rope_theta**exponents  # and not theta**-exponents, which is off by a last bit
+    frequencies = 1 / config.rope_theta**exponents  # not theta**-exponents: its last bit is not transformers'
     if (scaling := config.rope_scaling) is None:
         return frequencies
     if scaling["rope_type"] == "linear":
@@ -101,21 +101,25 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the tokens already seen, per layer (B, K, S, D), so that each new token is computed once.
+    """Keys and values of the tokens that were computed before, per layer (B, K, S, D).
 
-    It grows by concatenation, which keeps autograd intact: a trained prefix is simply a cache that does not start
-    empty. `padding` (B,) counts the pad tokens of each row, for prompts of different lengths. They stand behind the
-    columns that the cache starts with, which every row sees:   [ front | padding | tokens ]"""
+    A forward pass fills it, by concatenation, which keeps autograd intact: a trained prefix is a cache that does not
+    start empty. `padding` (B, up to S) is True at pad tokens, which stand in front of a shorter row's own tokens;
+    columns beyond the width of `padding` are real tokens.
+    """
 
     def __init__(self, padding: Tensor | None = None, layers: dict[int, tuple[Tensor, Tensor]] | None = None):
         self.padding, self.layers = padding, layers or {}
-        self.front = len(self)
 
     def __len__(self) -> int:
         return self.layers[0][0].shape[2] if self.layers else 0
 
+    def padding_of(self, length: int) -> Tensor | None:
+        """`padding` of the first `length` columns, (B, length); None where no row has any."""
+        return None if self.padding is None else F.pad(self.padding, (0, length - self.padding.shape[1]))
 
-def attention_mask(new: int, past: int, padding: Tensor | None, device, front: int = 0) -> Tensor | None:
+
+def attention_mask(new: int, past: int, padding: Tensor | None, device) -> Tensor | None:
     """True where a query may look, (B or 1, 1, T, S); None where plain causal attention says it all."""
     if padding is None and (past == 0 or new == 1):
         return None
@@ -123,16 +127,15 @@ def attention_mask(new: int, past: int, padding: Tensor | None, device, front: i
     query = torch.arange(past, past + new, device=device)[:, None]
     mask = (key <= query)[None, None]  # (1, 1, T, S)
     if padding is not None:
-        real = (key < front) | (key >= front + padding[:, None])  # (B, S)
-        mask = mask & real[:, None, None] | (key == query)  # a pad token sees itself: no row is empty, no NaN
+        mask = mask & ~padding[:, None, None] | (key == query)  # a pad token sees itself, or its softmax is 0/0
     return mask
 
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions: softmax(q kᵀ / sqrt(D)) v, each k and v shared by H/K queries.
 
-    `past`: keys and values (B, K, S - T, D) of what came before. Returns y (B, T, C) and those of all tokens. Nothing
-    is kept here: under gradient checkpointing it runs twice, and must find the same past both times."""
+    `past`: keys and values (B, K, S - T, D) of earlier tokens. Returns y (B, T, C) and keys and values of all S tokens.
+    The layer keeps none of them, because gradient checkpointing runs it twice on the same past."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -152,8 +155,8 @@ class Attention(nn.Module):
         if past is not None:
             k = torch.cat([past[0].to(k.dtype), k], dim=2)  # (B, K, S, D)
             v = torch.cat([past[1].to(v.dtype), v], dim=2)  # (B, K, S, D)
-        causal, grouped = mask is None and T > 1, q.shape[1] != k.shape[1]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        causal = mask is None and T > 1  # then the mask is the plain one, which the kernel makes itself
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), (k, v)  # (B, H, T, D) -> (B, T, H·D) -> (B, T, C)
 
 
@@ -182,13 +185,13 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None = None, past: tuple | None = None):
-        y, seen = self.self_attn(self.input_layernorm(x), rotary, mask, past)
+        y, keys_values = self.self_attn(self.input_layernorm(x), rotary, mask, past)
         x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), seen
+        return x + self.mlp(self.post_attention_layernorm(x)), keys_values
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and the last norm: ids (B, T) or embeddings (B, T, C) -> hidden states (B, T, C)."""
+    """Embedding, blocks and the last norm: ids (B, T) -> hidden states (B, T, C)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -198,23 +201,25 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False  # True: keep only each block's input, compute the rest again in backward
 
-    def forward(self, input_ids: Tensor | None, cache: KVCache | None = None, inputs_embeds: Tensor | None = None):
-        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
-        T, (past, padding, front) = x.shape[1], (0, None, 0)
-        if cache is not None:
-            past, padding, front = len(cache), cache.padding, cache.front
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        return self.run_blocks(self.embed(input_ids), cache)
+
+    def run_blocks(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Embeddings (B, T, C) -> hidden states (B, T, C). The cache gets the keys and values of all layers."""
+        T, past = x.shape[1], 0 if cache is None else len(cache)
         if past + T > (limit := self.config.max_position_embeddings):
             raise ValueError(f"a sequence of {past + T} tokens is longer than the model's {limit}")
+        padding = None if cache is None else cache.padding_of(past + T)  # (B, S)
         positions = torch.arange(past, past + T, device=x.device)[None]  # (1, T)
-        if padding is not None:
-            positions = (positions - padding[:, None]).clamp(min=0)  # (B, T): a row's first real token is at `front`
+        if padding is not None:  # pad tokens have no position: a row's first real token is at 0
+            positions = ((~padding).int().cumsum(1) - 1).clamp(min=0)[:, past:]  # (B, T)
         rotary = rotary_cos_sin(self.config, positions)
-        mask = attention_mask(T, past, padding, x.device, front)
+        mask = attention_mask(T, past, padding, x.device)
         for number, layer in enumerate(self.layers):
             run = partial(checkpoint, layer, use_reentrant=False) if self.gradient_checkpointing else layer
-            x, seen = run(x, rotary, mask, None if cache is None else cache.layers.get(number))
+            x, keys_values = run(x, rotary, mask, None if cache is None else cache.layers.get(number))
             if cache is not None:
-                cache.layers[number] = seen
+                cache.layers[number] = keys_values
         return self.norm(x)
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -226,8 +231,8 @@ class Decoder(nn.Module):
 
 
 class GPT(nn.Module):
-    """The language model: ids (B, T) -> logits (B, T, V); the loss is outside. Raises ValueError for ids outside the
-    vocabulary and for sequences over `max_position_embeddings`."""
+    """The language model: ids (B, T) -> logits (B, T, V); the loss is outside. Raises ValueError for sequences over
+    `max_position_embeddings` and, on a CPU, for ids outside the vocabulary (a GPU stops at an assertion of its own)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -239,8 +244,9 @@ class GPT(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def init_weights(self):
-        """Normal(0, 1/width), so that a product keeps its input's scale; what writes to the residual stream starts
-        small, as in GPT-2, so that each block starts near the identity. Biases start at 0, norms at 1."""
+        """Normal(0, 1/width), so that a product keeps its input's scale. o_proj and down_proj write to the residual
+        stream and start small, as in GPT-2, so that each block starts near the identity. Biases start at 0, norms at 1.
+        """
         residual = 0.02 / math.sqrt(2 * self.config.num_hidden_layers)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
@@ -249,9 +255,5 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
 
-    def forward(self, input_ids: Tensor | None, cache: KVCache | None = None, inputs_embeds: Tensor | None = None):
-        return self.lm_head(self.model(input_ids, cache, inputs_embeds))
-
-    def new_cache(self, rows: int, padding: Tensor | None = None) -> KVCache:
-        """What `rows` rows start from: nothing here; what stands in front of a model puts its own keys into it."""
-        return KVCache(padding)
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        return self.lm_head(self.model(input_ids, cache))

@@ -44,6 +44,11 @@ def random_ids(*shape: int) -> torch.Tensor:
     return torch.randint(0, SHAPE["vocab_size"], shape, generator=torch.Generator().manual_seed(1))
 
 
+def left_padding(pads: list[int], columns: int) -> torch.Tensor:
+    """True at the first columns of each row, as many as `pads` says, (B, columns)."""
+    return torch.arange(columns) < torch.tensor(pads)[:, None]
+
+
 def assert_close(found: torch.Tensor, expected: torch.Tensor, limit: float, what: str):
     difference = (found - expected).abs().max().item()
     assert difference <= limit, f"{what}: largest difference {difference:.3g}, allowed {limit:.3g}"
@@ -66,7 +71,7 @@ def test_rmsnorm_is_its_formula():
 def test_rmsnorm_squares_half_precision_in_float32():
     x = torch.full((1, 8), 300.0, dtype=torch.float16)  # 300² is beyond float16
     y = RMSNorm(8, eps=1e-5).half()(x)
-    assert y.dtype == torch.float16
+    assert y.dtype == torch.float16, f"the input is float16, and the output {y.dtype}"
     assert_close(y, torch.ones_like(y), 1e-3, "RMSNorm of a constant row")
 
 
@@ -81,6 +86,43 @@ def test_rotary_turns_each_pair_as_a_complex_number():
             expected = torch.complex(x[..., t, i], x[..., t, i + 4]) * complex(math.cos(angle), math.sin(angle))
             found = torch.complex(turned[..., t, i], turned[..., t, i + 4])
             assert_close(found, expected, 1e-5, f"pair {i} at position {position}")  # angles are float32
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16, torch.float16], ids=str)
+def test_rotary_angles_are_float32_whatever_the_model_computes_in(dtype):
+    """bfloat16 cannot count beyond 256, nor float16 beyond 2048, and an angle of theirs is off by radians."""
+    config = GPTConfig(**SHAPE, head_dim=8)
+    exact = {torch.bfloat16: [0, 200, 256, 264, 1008], torch.float16: [0, 257, 1001, 2000]}  # what the dtype can hold
+    positions = torch.tensor([exact.get(dtype, [0, 255, 257, 1001, 2049, 4001])])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32 if dtype == torch.int64 else dtype)  # as a model built in half precision has
+    try:
+        cos, sin = rotary_cos_sin(config, positions.to(dtype))
+    finally:
+        torch.set_default_dtype(before)
+    assert cos.dtype == sin.dtype == torch.float32, f"cos and sin are {cos.dtype} and {sin.dtype}, not float32"
+    for t, position in enumerate(positions[0].tolist()):
+        for i in range(8):
+            angle = position * 10000.0 ** (-2 * (i % 4) / 8)
+            for name, found, expected in (("cos", cos, math.cos(angle)), ("sin", sin, math.sin(angle))):
+                off = abs(found[0, 0, t, i].item() - expected)
+                assert off < 5e-4, (
+                    f"{name} of feature {i} at position {position}: expected {expected:.5f}, off by {off:.2g}"
+                )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_model_in_half_precision_tells_positions_apart_beyond_256(dtype):
+    """The angles that a half-precision model gives its layers are those of the formula."""
+    model, seen = tiny(max_position_embeddings=600).to(dtype), []
+    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    with torch.no_grad():
+        model(random_ids(1, 600))
+    angles = torch.arange(600.0).double()[:, None] * 10000.0 ** (-torch.arange(0, 4, 2).double() / 4)  # (T, D/2)
+    angles = torch.cat([angles, angles], dim=-1)
+    for name, found, right in zip(("cos", "sin"), seen[0], (angles.cos(), angles.sin()), strict=True):
+        found, right = found.double()[0, 0, 257:], right[257:]
+        assert_close(found, right, 5e-4, f"{name} of the angles beyond position 256, in {dtype}")
 
 
 def test_linear_rope_divides_every_frequency():
@@ -213,32 +255,39 @@ def test_a_cache_changes_nothing(chunks):
     with torch.no_grad():
         parts = [model(part, cache) for part in ids.split(chunks, dim=1)]
         assert_close(torch.cat(parts, dim=1), model(ids), 1e-12, f"cached in chunks of {chunks}")
-    assert len(cache) == 12
+    assert len(cache) == 12, f"12 tokens were put in, and the cache says {len(cache)}"
 
 
 @pytest.mark.parametrize("chunks", [[12], [7, 1, 1, 3], [1] * 12])
 def test_left_padded_rows_equal_the_rows_alone(chunks):
-    model, ids = tiny(), random_ids(3, 12)
-    padding = torch.tensor([0, 4, 9])
-    cache = KVCache(padding)
+    model, ids, pads = tiny(), random_ids(3, 12), [0, 4, 9]
+    cache = KVCache(left_padding(pads, 9))  # columns behind the mask's end are real
     with torch.no_grad():
         padded = torch.cat([model(part, cache) for part in ids.split(chunks, dim=1)], dim=1)
-        for row, pad in enumerate(padding.tolist()):
+        for row, pad in enumerate(pads):
             alone = model(ids[row : row + 1, pad:])
             assert_close(padded[row : row + 1, pad:], alone, 1e-12, f"row {row} with {pad} pad tokens")
 
 
 def test_no_query_is_left_without_a_key():
     """A softmax over nothing is NaN on some backends, also at pad positions that nobody reads."""
-    mask = attention_mask(new=5, past=0, padding=torch.tensor([0, 3]), device=None)
-    assert mask.shape == (2, 1, 5, 5) and mask.any(-1).all()
+    mask = attention_mask(new=5, past=0, padding=left_padding([0, 3], 5), device=None)
+    assert mask.shape == (2, 1, 5, 5) and mask.any(-1).all(), f"(2, 1, 5, 5) with a key in every line, not {mask}"
     assert not mask[1, 0, 3:, :3].any(), "a real token must not look at padding"
 
 
 def test_embeddings_in_place_of_ids():
     model, ids = tiny(), random_ids(2, 6)
     with torch.no_grad():
-        assert torch.equal(model(None, inputs_embeds=model.model.embed(ids)), model(ids))
+        of_embeddings = model.lm_head(model.model.run_blocks(model.model.embed_tokens(ids)))
+        assert_close(of_embeddings, model(ids), 0, "the blocks on the embeddings of the ids")
+
+
+def test_padding_of_a_cache_covers_as_many_columns_as_are_asked_for():
+    assert KVCache().padding_of(4) is None, "a cache without padding should say None"
+    found = KVCache(left_padding([0, 2], 3)).padding_of(5)
+    expected = left_padding([0, 2], 5)
+    assert torch.equal(found, expected), f"columns behind the mask are real: {expected}, not {found}"
 
 
 def test_checkpointing_gives_the_same_gradients_and_computes_blocks_twice():
@@ -281,7 +330,9 @@ def test_parameter_count_of_a_preset(name):
     config = GPTConfig.preset(name)
     with torch.device("meta"):
         counted = sum(parameter.numel() for parameter in GPT(config).parameters())
-    assert counted == count_in_closed_form(config) == PUBLISHED.get(name, counted)
+    assert counted == count_in_closed_form(config) == PUBLISHED.get(name, counted), (
+        f"counted {counted:,d}, by formula {count_in_closed_form(config):,d}, published {PUBLISHED.get(name)}"
+    )
 
 
 @pytest.mark.parametrize("changes", [dict(attention_bias=True), dict(mlp_bias=True), dict(head_dim=10)])
@@ -292,8 +343,8 @@ def test_parameter_count_with_biases_and_other_head_sizes(changes):
 
 def test_a_tied_head_is_the_embedding_itself():
     model = tiny(tie_word_embeddings=True)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert tiny().lm_head.weight is not tiny().model.embed_tokens.weight
+    assert model.lm_head.weight is model.model.embed_tokens.weight, "a tied head is a copy"
+    assert tiny().lm_head.weight is not tiny().model.embed_tokens.weight, "an untied head is the embedding"
 
 
 def test_a_new_model_starts_with_small_residual_writes():

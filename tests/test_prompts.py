@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from minilora.adapters.inject import apply_lora, count_parameters
 from minilora.adapters.prompts import PrefixTuning, SoftPrompt
+from minilora.config import LoRAConfig
 from minilora.inference.generate import generate, left_pad
-from minilora.lora import LoRAConfig
 from minilora.model import GPT, GPTConfig, KVCache
 from minilora.train import evaluate_loss
 
@@ -194,10 +194,11 @@ def test_decoding_over_the_cache_equals_the_full_forward(method, chunks):
 @pytest.mark.parametrize("chunks", [[9], [7, 1, 1], [1] * 9])
 def test_left_padded_rows_equal_the_rows_alone(method, chunks):
     """The padding lies between the prompt and the text: nobody sees it and no position counts it."""
-    prompt, padding = trained(method), torch.tensor([0, 4, 7])
+    prompt, pads = trained(method), [0, 4, 7]
+    padding = torch.tensor([[place < pad for place in range(9)] for pad in pads])
     cache = prompt.new_cache(3, padding)
     padded = torch.cat([text_logits(prompt, part, cache) for part in IDS.split(chunks, dim=1)], dim=1)
-    for row, pad in enumerate(padding.tolist()):
+    for row, pad in enumerate(pads):
         alone = text_logits(prompt, IDS[row : row + 1, pad:])
         assert_close(padded[row : row + 1, pad:], alone, 1e-12, f"row {row} with {pad} pad tokens")
     assert padded.isfinite().all()
@@ -220,8 +221,9 @@ def test_generate_continues_ragged_prompts_as_the_whole_sequence_would(method, s
 @both
 def test_a_cache_that_does_not_begin_with_the_prompt_is_refused(method):
     prompt = trained(method)
-    for cache in (KVCache(), trained(method, length=N + 1).new_cache(3)):
-        with pytest.raises(ValueError, match=f"begins with {cache.front} columns and not with the {N} of the prompt"):
+    for cache in (KVCache(), trained(method, length=N - 1).new_cache(3)):
+        message = f"the cache has {len(cache)} columns, so it does not begin with the {N} of the prompt"
+        with pytest.raises(ValueError, match=message):
             prompt(IDS, cache)
 
 
@@ -293,4 +295,8 @@ def test_only_a_plain_model_takes_a_prompt(method):
 def test_pad_tokens_stand_behind_the_prompt():
     ids, padding = left_pad(PROMPTS[1:], "cpu")
     cache = trained(PrefixTuning).new_cache(2, padding)
-    assert cache.front == N and cache.padding.tolist() == [3, 0] and ids.shape == (2, 4)
+    assert len(cache) == N and ids.shape == padding.shape == (2, 4)
+    expected = [[False] * N + [True] * 3 + [False], [False] * (N + 4)]
+    assert cache.padding.tolist() == expected, f"{cache.padding.tolist()}: True is wanted at the three pad tokens alone"
+    assert cache.padding_of(N + 6).tolist() == [row + [False] * 2 for row in expected], "what is decoded is no padding"
+    assert trained(PrefixTuning).new_cache(2).padding_of(N) is None

@@ -40,11 +40,11 @@ def watch_passes(bank: AdapterBank, monkeypatch) -> list[tuple[int, int, int]]:
     """Of every forward pass to come: rows, columns in the cache, and how many of those are padding in all rows."""
     passes, forward = [], bank.model.model.forward
 
-    def watched(ids, cache=None, inputs_embeds=None):
-        assert not torch.is_grad_enabled()
-        wasted = 0 if cache.padding is None or not len(cache) else int(cache.padding.min())
+    def watched(ids, cache=None):
+        assert not torch.is_grad_enabled(), "a pass was made with gradients on"
+        wasted = 0 if cache.padding is None or not len(cache) else int(cache.padding.int().sum(1).min())
         passes.append((len(ids), len(cache), wasted))
-        return forward(ids, cache, inputs_embeds)
+        return forward(ids, cache)
 
     monkeypatch.setattr(bank.model.model, "forward", watched)
     return passes
@@ -78,8 +78,10 @@ def test_no_row_and_no_column_is_computed_for_nothing(bank, monkeypatch, request
     passes = watch_passes(bank, monkeypatch)
     list(serve(bank, requests, batch_size))
     prompts, decoded = (sum(rows for rows, past, _ in passes if (past == 0) == new) for new in (True, False))
-    assert prompts == len(requests)
-    assert decoded == sum(request.max_new_tokens - 1 for request in requests)
+    assert prompts == len(requests), f"{len(requests)} rows of prompts, not {prompts}"
+    assert decoded == sum(request.max_new_tokens - 1 for request in requests), (
+        f"{sum(request.max_new_tokens - 1 for request in requests)} rows decoded, not {decoded}"
+    )
     assert max(rows for rows, *_ in passes) <= batch_size and passes[0][0] == min(batch_size, len(requests))
     for (rows, past, _), (new, new_past, _) in zip(passes, passes[1:], strict=False):
         assert rows + new <= batch_size or not past or new_past, f"{rows} rows run and {new} are let in"
@@ -113,7 +115,7 @@ def test_the_bank_is_free_again_after_half_the_answers(bank, end):
         with pytest.raises(ValueError, match="logits hold NaN"):
             next(answers)
         head.copy_(kept)
-    assert torch.equal(logits(bank.model), logits(base()))
+    assert torch.equal(logits(bank.model), logits(base())), "the bank's model should be the base again"
     assert dict(serve(bank, REQUESTS, 3)) == dict(enumerate(expected(None)))
 
 
@@ -157,7 +159,7 @@ def test_bad_input_is_named_before_anything_runs(bank, monkeypatch, request_, se
 
 
 def random_cache(lengths: list[int], columns: int) -> KVCache:
-    cache = KVCache(columns - torch.tensor(lengths))
+    cache = KVCache(torch.arange(columns) < columns - torch.tensor(lengths)[:, None])
     for layer in range(2):
         cache.layers[layer] = tuple(torch.randn(2, len(lengths), 2, columns, 3, generator=RANDOM))
     return cache
@@ -166,7 +168,7 @@ def random_cache(lengths: list[int], columns: int) -> KVCache:
 def contents(cache: KVCache) -> list[list]:
     """Of every row the keys and values of its own tokens, layer by layer, without the padding."""
     assert all(x.shape[2] == len(cache) for pair in cache.layers.values() for x in pair)
-    rows = enumerate(cache.padding.tolist())
+    rows = enumerate(cache.padding.sum(1).tolist())
     return [[x[row, :, pad:].tolist() for pair in cache.layers.values() for x in pair] for row, pad in rows]
 
 
@@ -174,7 +176,7 @@ def contents(cache: KVCache) -> list[list]:
 def test_join_puts_the_rows_of_both_at_the_right_edge(first, second):
     caches = [random_cache(lengths, max(lengths)) for lengths in (first, second)]
     both = join(*caches)
-    assert (len(both) - both.padding).tolist() == first + second
+    assert (~both.padding).sum(1).tolist() == first + second, f"tokens of each row: {both.padding}"
     assert len(both) == max(first + second) and contents(both) == contents(caches[0]) + contents(caches[1])
 
 

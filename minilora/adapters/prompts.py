@@ -1,46 +1,50 @@
-"""Soft prompts and prefixes: the model stays as it is, and what stands in front of the text is trained.
+"""Soft prompts and prefixes: the model stays as it is, and n virtual tokens in front of the text are trained.
 
     soft prompt    [ p_1 … p_n | embeddings of the text ]       n vectors of width C   (Lester 2021, prompt tuning)
     prefix         [ k_1 v_1 … k_n v_n | keys and values ]      n of each, per layer   (Li & Liang 2021, prefix tuning)
 
 A written prompt steers a model through the embeddings of its words, and so through the keys and values that each layer
-makes of them. A soft prompt lets gradient descent choose the embeddings, which need not be those of any word; a prefix
+makes of them. A soft prompt lets gradient descent choose the embeddings, which need not be those of any word. A prefix
 lets it choose every layer's keys and values, which need not come from any embedding.
 
-Both start as a text: given tokens, or random ones. At the start the wrapped model therefore says what the model says
-after reading that text, and training moves on from there; both papers report that words are the better start, above
-all where there is little to learn from (PEFT's default is normal(0, 1)). Keys from a text carry the rotary positions
-0 … n-1 in them; from then on they are free numbers that nothing turns. Real tokens stand at positions n, n+1, … in
-both methods.
-
-Li & Liang train the prefix through an MLP, which they throw away afterwards. Here there is none, as in PEFT's default:
-what is trained is what is saved. The price of both methods is context: n positions are lost to the text, for good.
+Both start as a text: given tokens, or random ones. So at the start the wrapped model says what the model says after
+reading that text. Both papers report that words are the better start, above all where there is little to learn from
+(PEFT's default is normal(0, 1)). Keys from a text carry the rotary positions 0 … n-1 in them; from then on they are
+free numbers that nothing turns. Real tokens are at positions n, n+1, … in both methods, and this is the price of both:
+the text loses n positions of the context for good. Li & Liang train the prefix through an MLP and throw the MLP away
+afterwards; here, as by default in PEFT, there is none.
 
 Letters in shape comments: B batch, T tokens, n virtual tokens, C hidden_size, L layers, K key/value heads, D head_dim.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import cycle, islice
 from math import prod
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from minilora.adapters.inject import lora_layers
-from minilora.model import GPT, GPTConfig, KVCache
+from minilora.model import GPT, Decoder, GPTConfig, KVCache
 
 
 class Prompt(nn.Module):
-    """What the two share: a frozen model, `base_model`, and the one parameter in front of it, `prompt_embeddings`.
+    """A frozen GPT, `base_model`, and the one trained parameter in front of it, `prompt_embeddings`.
 
-    For the code around it this is a model: it trains, evaluates and generates as a GPT does, whose sequences are
-    shorter by n tokens. The model itself is not changed but frozen; `base_model` is what it was without the prompt.
-
-    length: n; 0 changes nothing. text_ids: the tokens to start from, repeated or cut to n; None: random ones, from
-        torch's generator.
+    It trains, evaluates and generates as a GPT does whose sequences are shorter by n tokens. length: n; 0 changes
+    nothing. text_ids: the tokens to start from, repeated or cut to n; None: random ones.
 
     Raises ValueError, before anything is changed, for a model that is no plain GPT (LoRA layers, another prompt), a
     length that leaves no token of the context, an empty text and ids outside the vocabulary.
     """
+
+    base_model: GPT
+    # Each of the two methods defines:
+    width: Callable[[GPTConfig], int]  # numbers for each virtual token
+    start: Callable[[GPT, Tensor], Tensor]  # ids (1, n) -> what the model makes of them, as (n, width)
+    new_cache: Callable[..., KVCache]  # (rows, padding): the prompt for each row; padding (rows, T) True at pad tokens
 
     def __init__(self, model: GPT, length: int, text_ids: list[int] | None = None):
         super().__init__()
@@ -50,23 +54,13 @@ class Prompt(nn.Module):
         elif not text_ids:
             raise ValueError("text_ids is empty; give the tokens to start from, or None for random ones")
         else:
-            ids = torch.tensor([text_ids[place % len(text_ids)] for place in range(length)], dtype=torch.int64)
+            ids = torch.tensor(list(islice(cycle(text_ids), length)), dtype=torch.int64)
         device = model.model.embed_tokens.weight.device
         with torch.no_grad():
             numbers = self.start(model, ids[None].to(device)) if length else torch.zeros(0, self.width(model.config))
         self.base_model = model.requires_grad_(False)
         self.prompt_embeddings = nn.Parameter(numbers.float().to(device))  # float32 on any model, cast where it is used
         self.train(model.training)
-
-    @staticmethod
-    def width(config: GPTConfig) -> int:
-        """Numbers for each virtual token."""
-        raise NotImplementedError
-
-    @staticmethod
-    def start(model: GPT, ids: Tensor) -> Tensor:
-        """ids (1, n) -> what the model makes of them, (n, width)."""
-        raise NotImplementedError
 
     @property
     def length(self) -> int:
@@ -79,19 +73,22 @@ class Prompt(nn.Module):
         return replace(config, max_position_embeddings=config.max_position_embeddings - self.length)
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> Decoder:
         return self.base_model.model
 
     @property
-    def lm_head(self) -> nn.Module:
+    def lm_head(self) -> nn.Linear:
         return self.base_model.lm_head
 
     def check_cache(self, cache: KVCache):
-        if cache.front != self.length:
-            raise ValueError(
-                f"the cache begins with {cache.front} columns and not with the {self.length} of the prompt; "
-                "new_cache(rows) makes one that does"
-            )
+        if len(cache) < self.length:
+            found = f"the cache has {len(cache)} columns, so it does not begin with the {self.length} of the prompt"
+            raise ValueError(f"{found}; new_cache(rows) makes one that does")
+
+    def cache_of(self, layers: dict[int, tuple[Tensor, Tensor]], rows: int, padding: Tensor | None) -> KVCache:
+        """The prompt's keys and values, (1, K, n, D) in each layer, in front of every row; none of them is padding."""
+        expanded = {layer: (k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for layer, (k, v) in layers.items()}
+        return KVCache(None if padding is None else F.pad(padding, (self.length, 0)), expanded)
 
 
 class SoftPrompt(Prompt):
@@ -118,15 +115,14 @@ class SoftPrompt(Prompt):
             self.check_cache(cache)
             return self.base_model(input_ids, cache)
         text = self.model.embed(input_ids)  # (B, T, C)
-        return self.base_model(None, inputs_embeds=torch.cat([self.embeddings(len(text)), text], dim=1))
+        return self.lm_head(self.model.run_blocks(torch.cat([self.embeddings(len(text)), text], dim=1)))
 
     def new_cache(self, rows: int, padding: Tensor | None = None) -> KVCache:
-        """A cache for `rows` rows that begins with the model's keys and values of the prompt, computed once for all."""
+        """The model's keys and values of the prompt, computed once for all rows."""
         cache = KVCache()
         if self.length:
-            self.model(None, cache, self.embeddings(1))
-        layers = {layer: tuple(x.expand(rows, -1, -1, -1) for x in pair) for layer, pair in cache.layers.items()}
-        return KVCache(padding, layers)
+            self.model.run_blocks(self.embeddings(1), cache)
+        return self.cache_of(cache.layers, rows, padding)
 
 
 class PrefixTuning(Prompt):
@@ -158,11 +154,10 @@ class PrefixTuning(Prompt):
         return self.base_model(input_ids, cache)
 
     def new_cache(self, rows: int, padding: Tensor | None = None) -> KVCache:
-        """A cache for `rows` rows that begins with the prefix; autograd goes through it."""
+        """The trained keys and values; autograd goes through the cache to them."""
         shape = self.shape(self.base_model.config)
         prefix = self.prompt_embeddings.view(self.length, *shape).permute(1, 2, 3, 0, 4)  # (L, 2, K, n, D)
-        layers = {layer: tuple(x.expand(rows, -1, -1, -1) for x in pair) for layer, pair in enumerate(prefix)}
-        return KVCache(padding, layers)
+        return self.cache_of({layer: (k[None], v[None]) for layer, (k, v) in enumerate(prefix)}, rows, padding)
 
 
 def check_prompt(model: GPT, length: int):

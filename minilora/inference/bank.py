@@ -6,7 +6,7 @@ large product is the same for all rows; only the small ones differ (Punica, Chen
     y_b = W x_b + B_b (A_b x_b)        for row b with its own adapter, s folded into B
 
 Every adapted layer keeps the adapters in slots, A (slots, r, in) and B (slots, r, out). When a batch begins, each row's
-pair is gathered once, (batch, r, in) and (batch, r, out), and every forward pass of that batch is one product for all
+pair is gathered once, (batch, r, in) and (batch, r, out). Every forward pass of the batch is then one product for all
 rows and two batched small ones. The cost depends on the rows, not on how many adapters are resident.
 
 Slot 0 holds zeros: the row without an adapter. A smaller rank is padded with zeros, and a layer that an adapter leaves
@@ -20,24 +20,28 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from minilora.adapters.inject import Adapter, linear_layers, lora_layers
+from minilora.adapters.adapter import Adapter
+from minilora.adapters.inject import linear_layers, lora_layers
 from minilora.inference.generate import generate
+from minilora.linear4bit import replace_module
 from minilora.model import GPT, KVCache
-from minilora.quant import put
 from minilora.storage.adapters import read_adapter
 
 
 class BankedLinear(nn.Module):
-    """A frozen linear layer and its slots. x (batch, T, in) -> (batch, T, out), or without T where only the last
-    position is wanted."""
+    """A frozen linear layer and its slots. x (batch, T, in) -> (batch, T, out), or both without T."""
 
-    def __init__(self, base_layer: nn.Module, slots: int, like: Tensor):
+    A: Tensor  # (slots, r, in)
+    B: Tensor  # (slots, r, out), s·Bᵀ of each adapter
+
+    def __init__(self, base_layer, slots: int, device: torch.device, dtype: torch.dtype):
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        self.register_buffer("A", like.new_zeros(slots, 0, self.in_features), persistent=False)
-        self.register_buffer("B", like.new_zeros(slots, 0, self.out_features), persistent=False)
+        for name, features in (("A", self.in_features), ("B", self.out_features)):
+            self.register_buffer(name, torch.zeros(slots, 0, features, device=device, dtype=dtype), persistent=False)
         self.rows: tuple[Tensor, Tensor] | None = None  # A (batch, r, in) and B (batch, r, out) of the batch's rows
         self.train(base_layer.training)
 
@@ -46,14 +50,14 @@ class BankedLinear(nn.Module):
         return self.A.shape[1]
 
     def store(self, slot: int, A: Tensor | None, B: Tensor | None):
-        """Puts A (r, in) and s·Bᵀ (r, out) into a slot; None, None: zeros. The stacks grow with the largest rank."""
-        r = 0 if A is None else A.shape[0]
+        """Puts A (r, in) and s·Bᵀ (r, out) into a slot; None, None: zeros. Both stacks grow with the largest rank."""
+        r = 0 if A is None else len(A)
         if r > self.r:
-            self.A, self.B = (nn.functional.pad(old, (0, 0, 0, r - self.r)) for old in (self.A, self.B))
-        for stack, new in ((self.A, A), (self.B, B)):
+            self.A, self.B = (F.pad(stack, (0, 0, 0, r - self.r)) for stack in (self.A, self.B))
+        for stack, factor in ((self.A, A), (self.B, B)):
             stack[slot, r:] = 0
-            if r:
-                stack[slot, :r] = new
+            if factor is not None:
+                stack[slot, :r] = factor
 
     def gather(self, slots: Tensor | None):
         """Picks each row's A and B by slots (batch,); None: the layer is plain again."""
@@ -67,9 +71,10 @@ class BankedLinear(nn.Module):
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """x (batch, T, in), y (batch, T, out) -> y + B (A x), each row with its own."""
+        assert self.rows is not None
         A, B = self.rows
         h = torch.bmm(x, A.transpose(1, 2).to(x.dtype))  # (batch, T, r)
-        # In place where nobody watches: y is this layer's own, and a second array of its size is half the cost.
+        # In place where no gradients are kept: y is this layer's own, and a second array of its size is half the cost.
         add = torch.baddbmm if torch.is_grad_enabled() else Tensor.baddbmm_
         return add(y, h.to(y.dtype), B.to(y.dtype))
 
@@ -77,11 +82,9 @@ class BankedLinear(nn.Module):
 class AdapterBank:
     """Serves a plain model with many adapters. The model's adapted layers are wrapped; outside `rows` it is the base.
 
-    adapters: by name, an `Adapter` (kept as it is, not copied) or the folder of a saved one. slots: adapters that are
-        resident at a time.
+    adapters: by name, an `Adapter` (kept, not copied) or the folder of a saved one. slots: adapters resident at a time.
 
-    Raises ValueError for a model with LoRA layers or in another bank, and all that `add` refuses; the model is then as
-    it was.
+    Raises ValueError for a model with LoRA layers or in another bank, and as `add` does; the model then stays plain.
     """
 
     def __init__(self, model: GPT, adapters: Mapping[str, Adapter | str | Path] | None = None, slots: int = 64):
@@ -116,7 +119,7 @@ class AdapterBank:
         """Adds an adapter, or replaces the one of this name; `force` as in `load_adapter`.
 
         Raises ValueError, before anything is changed, for a name that is not plain, one that the batch under way uses,
-        layers that the model does not have, shapes that do not fit; and for a folder what `read_adapter` raises.
+        layers that the model does not have, shapes that do not fit; and for a folder as `read_adapter` does.
         """
         if not isinstance(name, str) or not name or "/" in name or "\\" in name or name in (".", ".."):
             raise ValueError(f"{name!r} is not a name for an adapter; a plain word without slashes is")
@@ -124,21 +127,19 @@ class AdapterBank:
         if not isinstance(adapter, Adapter):
             adapter = read_adapter(self.model, adapter, force)
         if adapter.magnitude:
-            raise ValueError(
-                f"adapter {name!r} is DoRA's, which scales rows of W itself; a bank shares W among all rows"
-            )
+            raise ValueError(f"adapter {name!r} is DoRA's, which scales rows of W; a bank shares W among all rows")
         for layer in adapter.A.keys() | adapter.B.keys():
             if (linear := self.linears.get(layer)) is None:
                 raise ValueError(f"adapter {name!r} has a layer {layer}, which the model does not have")
-            found = [tuple(part[layer].shape) if layer in part else None for part in (adapter.A, adapter.B)]
-            r = found[0][0] if found[0] else 0
-            if found != [(r, linear.in_features), (linear.out_features, r)]:
+            A, B = (tuple(part[layer].shape) if layer in part else None for part in (adapter.A, adapter.B))
+            if A is None or (A, B) != ((A[0], linear.in_features), (linear.out_features, A[0])):
                 sizes = f"{linear.in_features} to {linear.out_features} features"
-                raise ValueError(f"adapter {name!r} has A {found[0]} and B {found[1]} for {layer} of {sizes}")
+                raise ValueError(f"adapter {name!r} has A {A} and B {B} for {layer} of {sizes}")
+        embeddings = self.model.model.embed_tokens.weight  # of the device and dtype that activations have
         for layer in adapter.A.keys() - self.layers.keys():
-            wrapped = BankedLinear(self.linears[layer], self.slots + 1, self.model.model.embed_tokens.weight)
-            self.layers[layer] = wrapped
-            put(self.model, layer, wrapped)
+            linear = self.linears[layer]
+            self.layers[layer] = BankedLinear(linear, self.slots + 1, embeddings.device, embeddings.dtype)
+            replace_module(self.model, layer, self.layers[layer])
         self.adapters[name] = adapter
         self.resident.pop(name, None)
 
@@ -152,7 +153,7 @@ class AdapterBank:
     def close(self):
         """Gives the model back as it was, plain. The bank is empty afterwards."""
         for name, layer in self.layers.items():
-            put(self.model, name, layer.base_layer)
+            replace_module(self.model, name, layer.base_layer)
         self.layers, self.adapters, self.resident, self.running = {}, {}, {}, None
 
     @contextmanager
@@ -171,7 +172,7 @@ class AdapterBank:
             self.select(None)
 
     def select(self, names: Sequence[str | None] | None):
-        """The rows from now on, for a batch whose rows come and go (serve.py); None ends it."""
+        """The rows from now on, for a batch whose rows come and go (serve.py); None ends the batch."""
         slots = None
         if names is not None:
             self.check_known(*names)
@@ -199,28 +200,25 @@ class AdapterBank:
     def _page_in(self, names: Sequence[str | None]) -> list[int]:
         """The slot of each row's adapter; those that are not resident take a free slot, or that of the least recent."""
         needed = list(dict.fromkeys(name for name in names if name is not None))
-        if len(needed) > self.slots:
-            raise ValueError(
-                f"the batch names {len(needed)} different adapters, and {self.slots} can be resident at once"
-            )
+        if (count := len(needed)) > self.slots:
+            raise ValueError(f"the batch names {count} different adapters, and {self.slots} can be resident at once")
         for name in needed:
             if name in self.resident:
                 self.resident[name] = self.resident.pop(name)  # the most recent from now on
         for name in needed:
             if name not in self.resident:
                 free = set(range(1, self.slots + 1)) - set(self.resident.values())
-                slot = min(free) if free else self.resident.pop(next(n for n in self.resident if n not in needed))
+                slot = min(free) if free else self.resident.pop(next(iter(self.resident)))  # the least recent goes
                 self._load(slot, self.adapters[name])
                 self.resident[name] = slot
         return [0 if name is None else self.resident[name] for name in names]
 
     def _load(self, slot: int, adapter: Adapter):
         for name, layer in self.layers.items():
-            if name in adapter.A:
-                B = adapter.B[name].to(torch.promote_types(adapter.B[name].dtype, layer.B.dtype))
-                layer.store(slot, adapter.A[name], adapter.scaling(name) * B.T)
-            else:
-                layer.store(slot, None, None)
+            A, B = adapter.A.get(name), adapter.B.get(name)
+            if B is not None:
+                B = adapter.scaling(name) * B.T.to(torch.promote_types(B.dtype, layer.B.dtype))
+            layer.store(slot, A, B)
 
     def check_known(self, *names: str | None):
         """Raises ValueError for a name that no adapter has; None is the base."""

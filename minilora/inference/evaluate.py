@@ -5,17 +5,18 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from minilora.adapters.prompts import Prompt
 from minilora.inference.generate import generate
 from minilora.model import GPT
 from minilora.text.batches import pack
 from minilora.text.tasks import Example, Task
-from minilora.text.tokenizer import Tokenizer
+from minilora.text.tokenizer import AnyTokenizer
 from minilora.text.world import Dice, World, is_right_list, nats_per_token
 from minilora.train import evaluate_loss
 
 
 def answer(
-    model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int = 64, batch_size: int = 50
+    model: GPT | Prompt, tokenizer: AnyTokenizer, prompts: Sequence[str], max_new_tokens: int = 64, batch_size: int = 50
 ) -> list[str]:
     """Greedy answers, each up to the end token. Prompts of like length share a batch, so that little is padded."""
     encoded = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
@@ -29,7 +30,7 @@ def answer(
     return answers
 
 
-def longest(completions: Sequence[str], tokenizer: Tokenizer) -> int:
+def longest(completions: Sequence[str], tokenizer: AnyTokenizer) -> int:
     """Tokens that suffice for any of these completions, with a few to spare, so that a wrong answer can show."""
     return max(len(tokenizer.encode(completion)) for completion in completions) + 4
 
@@ -47,7 +48,7 @@ class Scored:
         return sum(self.right) / len(self.right)
 
 
-def score_task(model: GPT, tokenizer: Tokenizer, task: Task, count: int | None = None) -> Scored:
+def score_task(model: GPT | Prompt, tokenizer: AnyTokenizer, task: Task, count: int | None = None) -> Scored:
     """The model's answers to the first `count` validation examples (None: all), judged by the task's own scorer."""
     examples = task.validation[:count]
     prompts = [example.prompt for example in examples]
@@ -73,11 +74,11 @@ class WorldReport:
         return f"exact answers, {self.count} questions each\n" + "\n".join(lines)
 
 
-def evaluate_world(model: GPT, tokenizer: Tokenizer, count: int = 200, seed: int = 1) -> WorldReport:
-    """Questions of each kind and the loss on documents that training never saw.
+def evaluate_world(model: GPT | Prompt, tokenizer: AnyTokenizer, count: int = 200, seed: int = 1) -> WorldReport:
+    """Scores on `count` questions of each kind, and the loss on `count` documents that training never saw.
 
-    Notes are about held-out people. Residents are those of training: what is known by heart cannot be held out. The
-    loss is taken over fresh documents from the distribution that training drew from, `count` of them.
+    Notes are about held-out people. Residents are those of training: facts known by heart cannot be held out. The
+    documents are fresh ones from the distribution that training drew from.
     """
     held_out, known = World("validation"), World("train")
     kinds = {
@@ -92,11 +93,10 @@ def evaluate_world(model: GPT, tokenizer: Tokenizer, count: int = 200, seed: int
         split = [make(dice).rpartition("Answer:") for _ in range(count)]
         prompts = [before + mark for before, mark, _ in split]
         expected = [completion for _, _, completion in split]
+        answers = answer(model, tokenizer, prompts, longest(expected, tokenizer))
         # In training one question follows another, so the model goes on asking: its answer is the first line.
-        answers = [
-            given.partition("\n")[0] for given in answer(model, tokenizer, prompts, longest(expected, tokenizer))
-        ]
-        rows = zip(prompts, expected, answers, strict=True)
+        first_lines = [given.partition("\n")[0] for given in answers]
+        rows = zip(prompts, expected, first_lines, strict=True)
         scores[name] = sum(is_right_answer(*row) for row in rows) / count
     documents = known.documents(count, seed=f"evaluate {seed}")
     encoded = [tokenizer.encode(document.text) for document in documents]

@@ -1,6 +1,6 @@
 """Text from a model: one token at a time, each sampled from the last position's logits and fed back in.
 
-A key/value cache keeps what was computed for the tokens already seen, so a new token costs one token's work and
+A key/value cache keeps the keys and values of the tokens already seen, so a new token costs one token's work and
 not the whole sequence's. The price is memory: 2 · layers · K · D numbers for every token of every row.
 
 Prompts of different lengths share a batch by padding on the left, so that every row ends at the same place:
@@ -8,9 +8,9 @@ Prompts of different lengths share a batch by padding on the left, so that every
     . . . a b | c d        row 0: three pad tokens, a prompt of two
     v w x y z | p q        row 1: no padding, a prompt of five
 
-The cache knows how many pad tokens each row has; attention never looks at them and positions do not count them, so
-a row's logits are those of the row on its own. The model makes the cache, and may have something stand in it already: a
-soft prompt or a prefix, which every row sees.
+The cache knows which tokens are padding; attention never looks at them and positions do not count them, so a row's
+logits are those of the row on its own. For a model behind a soft prompt or a prefix the cache begins with the keys and
+values of the prompt, which every row sees.
 
 Letters in the shape comments: B batch, T tokens, V vocab_size.
 """
@@ -20,11 +20,12 @@ import math
 import torch
 from torch import Tensor
 
-from minilora.model import GPT
+from minilora.adapters.prompts import Prompt
+from minilora.model import GPT, KVCache
 
 
 def generate(
-    model: GPT,
+    model: GPT | Prompt,
     prompts: list[list[int]],
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -49,21 +50,21 @@ def generate(
     if not prompts:
         return []
     device = model.model.embed_tokens.weight.device
-    ids, padding = left_pad(prompts, device)  # (B, T), (B,)
+    ids, padding = left_pad(prompts, device)  # (B, T) both
     generators = row_generators(len(prompts), seed)
 
-    continuations = [[] for _ in prompts]
+    continuations: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
-            cache = model.new_cache(len(prompts), padding if padding.any() else None)
+            cache = model.new_cache(len(prompts), padding) if isinstance(model, Prompt) else KVCache(padding)
             for _ in range(max_new_tokens):
                 hidden = model.model(ids, cache)  # (B, T, C)
                 logits = model.lm_head(hidden[:, -1])  # (B, V): only the last position predicts something new
-                tokens = next_tokens(logits, temperature, top_k, top_p, generators).tolist()
-                for row in sorted(running):  # a finished row stays in the batch, and what it says is dropped
+                tokens = choose_tokens(logits, temperature, top_k, top_p, generators).tolist()
+                for row in sorted(running):  # a finished row stays in the batch, and its tokens are dropped
                     if tokens[row] == eos_id:
                         running.remove(row)
                     else:
@@ -77,12 +78,15 @@ def generate(
     return continuations
 
 
-def left_pad(prompts: list[list[int]], device) -> tuple[Tensor, Tensor]:
-    """Prompts of any lengths -> ids (B, T), each ending at the right edge, and the pad tokens of each row, (B,)."""
-    longest = max(len(prompt) for prompt in prompts)
-    # Token 0 stands for padding; any would do, nobody looks at it.
-    ids = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    return torch.tensor(ids, device=device), torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+def left_pad(prompts: list[list[int]], device) -> tuple[Tensor, Tensor | None]:
+    """Prompts of any lengths -> ids, each row ending at the right edge, and a mask, True at padding, both (B, T).
+
+    The mask is None where all prompts are of one length.
+    """
+    T = max(len(prompt) for prompt in prompts)
+    ids = [[0] * (T - len(prompt)) + list(prompt) for prompt in prompts]  # 0 or any other id: nothing looks at it
+    padding = [[place < T - len(prompt) for place in range(T)] for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(padding, device=device) if any(map(any, padding)) else None
 
 
 def row_generators(rows: int, seed: int) -> list[torch.Generator]:
@@ -91,7 +95,7 @@ def row_generators(rows: int, seed: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(row_seed) for row_seed in seeds.tolist()]
 
 
-def next_tokens(logits: Tensor, temperature: float, top_k, top_p, generators: list[torch.Generator]) -> Tensor:
+def choose_tokens(logits: Tensor, temperature: float, top_k, top_p, generators: list[torch.Generator]) -> Tensor:
     """logits (B, V) -> one token id for each row, (B,)."""
     if not logits.isfinite().all():
         raise ValueError("the model's logits hold NaN or infinity, so no token can be chosen; its weights are broken")
@@ -103,13 +107,13 @@ def next_tokens(logits: Tensor, temperature: float, top_k, top_p, generators: li
     probabilities = logits.softmax(dim=-1)
     if top_p is not None:
         likelier = probabilities.cumsum(dim=-1) - probabilities  # the mass of all tokens likelier than this one
-        probabilities[likelier >= top_p] = 0  # never the first, nothing is likelier
+        probabilities[likelier >= top_p] = 0  # never the first: nothing is likelier than it
     draws = [torch.multinomial(probabilities[row], 1, generator=own) for row, own in enumerate(generators)]
     return order.gather(1, torch.stack(draws))[:, 0]
 
 
-def check_prompts(model: GPT, prompts, max_new_tokens, temperature, top_k, top_p, first: int = 0):
-    """Raises what `generate` says it raises; the prompts are counted from `first`."""
+def check_prompts(model: GPT | Prompt, prompts, max_new_tokens, temperature, top_k, top_p, first: int = 0):
+    """Raises ValueError as `generate` does; the prompts are counted from `first`."""
     vocabulary, limit = model.config.vocab_size, model.config.max_position_embeddings
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens!r}; a whole number of at least 1 is needed")
@@ -122,14 +126,10 @@ def check_prompts(model: GPT, prompts, max_new_tokens, temperature, top_k, top_p
     for number, prompt in enumerate(prompts, first):
         if not prompt:
             raise ValueError(f"prompt {number} is empty; it needs at least one token, such as the begin token")
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
-            wrong = next(token for token in prompt if not 0 <= token < vocabulary)
-            raise ValueError(
-                f"prompt {number} holds token id {wrong}, outside the vocabulary of {vocabulary} "
-                f"(0 to {vocabulary - 1})"
-            )
+        for token in prompt:
+            if not 0 <= token < vocabulary:
+                known = f"the vocabulary of {vocabulary} (0 to {vocabulary - 1})"
+                raise ValueError(f"prompt {number} holds token id {token}, outside {known}")
         if len(prompt) + max_new_tokens > limit:
-            raise ValueError(
-                f"prompt {number} has {len(prompt)} tokens and {max_new_tokens} new ones are asked for, "
-                f"but the model's sequences end at {limit}"
-            )
+            wanted = f"{len(prompt)} tokens and {max_new_tokens} new ones are asked for"
+            raise ValueError(f"prompt {number} has {wanted}, but the model's sequences end at {limit}")

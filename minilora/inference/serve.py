@@ -1,14 +1,14 @@
 """Continuous batching: when a row of the batch is done, a waiting request takes its place (Orca, Yu 2022).
 
-`generate` runs a batch until its longest answer ends; rows that finished early compute on for nothing. Here finished
-rows leave the key/value cache at once and new ones are let in:
+`generate` runs a batch until its longest answer ends, and rows that finished early compute on for nothing. Here
+finished rows leave the key/value cache at once, and new ones are let in:
 
     . . a b c            row 0 of 5 tokens, two of them padding
     p q r s t            row 1 is done: it leaves
     . . . . x            a new prompt, computed on its own, comes in at the right edge
 
-All rows end at the right edge, so that the next token is one column for all. What differs is the padding at the left,
-which attention never looks at and positions do not count; where every row has padding, it is cut off.
+All rows end at the right edge, so that the next token is one column for all. They differ in the padding at the left,
+which attention never looks at and positions do not count. Columns that are padding in every row are cut off.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minilora.inference.bank import AdapterBank
-from minilora.inference.generate import check_prompts, left_pad, next_tokens, row_generators
+from minilora.inference.generate import check_prompts, choose_tokens, left_pad, row_generators
 from minilora.model import KVCache
 
 
@@ -65,34 +65,37 @@ def serve(
     for number, request in enumerate(requests):
         check_prompts(bank.model, [request.prompt], request.max_new_tokens, temperature, top_k, top_p, number)
         bank.check_known(request.adapter)
-    return _run(bank, requests, batch_size, (temperature, top_k, top_p), seed, eos_id)
+    return _run(bank, requests, batch_size, temperature, top_k, top_p, seed, eos_id)
 
 
 @torch.no_grad()
-def _run(bank: AdapterBank, requests: Sequence[Request], batch_size: int, sampling: tuple, seed: int, eos_id):
+def _run(bank: AdapterBank, requests: Sequence[Request], batch_size: int, temperature, top_k, top_p, seed: int, eos_id):
     if bank.running is not None:
         raise ValueError("a batch of this bank is under way; end it before the next one begins")
     generators = row_generators(len(requests), seed)
     waiting = [Row(number, request, generators[number], []) for number, request in enumerate(requests)][::-1]
-    rows, cache, selected = [], KVCache(), None
+    rows: list[Row] = []
+    cache, selected = KVCache(), None
 
     def step(some: list[Row], ids: Tensor, own: KVCache):
         """One forward pass of ids (B, T) with each row's adapter, and one more token for each row."""
         nonlocal selected
         names = [row.request.adapter for row in some]
-        if names != selected:  # as long as the rows stay, what was gathered for them serves
+        if names != selected:  # as long as the rows stay, the A and B that were gathered for them serve
             bank.select(names)
             selected = names
         logits = bank.model.lm_head(bank.model.model(ids, own)[:, -1])  # (B, V)
-        for row, token in zip(some, next_tokens(logits, *sampling, [row.random for row in some]).tolist(), strict=True):
+        tokens = choose_tokens(logits, temperature, top_k, top_p, [row.random for row in some])
+        for row, token in zip(some, tokens.tolist(), strict=True):
             row.tokens.append(token)
 
     try:
         while rows or waiting:
-            new, present = [], {row.request.adapter for row in rows} - {None}
+            new: list[Row] = []
+            present = {row.request.adapter for row in rows}
             while waiting and len(rows) + len(new) < batch_size:
-                present |= {waiting[-1].request.adapter} - {None}
-                if len(present) > bank.slots:
+                present |= {waiting[-1].request.adapter}
+                if len(present - {None}) > bank.slots:
                     break
                 new.append(waiting.pop())
             if rows:
@@ -102,7 +105,7 @@ def _run(bank: AdapterBank, requests: Sequence[Request], batch_size: int, sampli
                 own = KVCache(padding)
                 step(new, ids, own)
                 rows, cache = rows + new, join(cache, own) if rows else own
-            bank.running = [row.request.adapter for row in rows]  # whoever asks between two answers
+            bank.running = [row.request.adapter for row in rows]  # in use, for those who ask between two answers
             running = []
             for place, row in enumerate(rows):
                 ended = row.tokens[-1] == eos_id
@@ -116,20 +119,32 @@ def _run(bank: AdapterBank, requests: Sequence[Request], batch_size: int, sampli
         bank.select(None)
 
 
+def pad_left(cache: KVCache, length: int) -> KVCache:
+    """The cache with padding in front, `length` columns in all."""
+    missing = length - len(cache)
+    layers = {n: (F.pad(k, (0, 0, missing, 0)), F.pad(v, (0, 0, missing, 0))) for n, (k, v) in cache.layers.items()}
+    return KVCache(F.pad(padding_of(cache), (missing, 0), value=True), layers)
+
+
 def join(first: KVCache, second: KVCache) -> KVCache:
     """The rows of both caches in one, the shorter one padded at the left."""
     length = max(len(first), len(second))
-    both = KVCache(torch.cat([cache.padding + length - len(cache) for cache in (first, second)]))
-    for layer in first.layers:
-        pairs = [[F.pad(x, (0, 0, length - len(cache), 0)) for x in cache.layers[layer]] for cache in (first, second)]
-        both.layers[layer] = tuple(torch.cat(kind) for kind in zip(*pairs, strict=True))
-    return both
+    one, two = pad_left(first, length), pad_left(second, length)
+    layers = {}
+    for n, (k, v) in one.layers.items():
+        layers[n] = torch.cat([k, two.layers[n][0]]), torch.cat([v, two.layers[n][1]])
+    return KVCache(torch.cat([padding_of(one), padding_of(two)]), layers)
 
 
 def keep(cache: KVCache, rows: list[int]) -> KVCache:
-    """Those rows of the cache alone, without the columns that are padding in all of them."""
-    padding = cache.padding[rows]
-    cut = int(padding.min()) if rows else len(cache)
-    kept = KVCache(padding - cut)
-    kept.layers = {layer: tuple(x[rows, :, cut:] for x in pair) for layer, pair in cache.layers.items()}
-    return kept
+    """These rows of the cache alone, without the columns that are padding in all of them."""
+    padding = padding_of(cache)[rows]
+    cut = int(padding.int().sum(1).min()) if rows else len(cache)
+    return KVCache(padding[:, cut:], {n: (k[rows, :, cut:], v[rows, :, cut:]) for n, (k, v) in cache.layers.items()})
+
+
+def padding_of(cache: KVCache) -> Tensor:
+    """True where a column of a row is padding, (rows, S)."""
+    k = cache.layers[0][0]
+    padding = cache.padding_of(len(cache))
+    return torch.zeros(len(k), len(cache), dtype=torch.bool, device=k.device) if padding is None else padding
