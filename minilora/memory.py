@@ -65,7 +65,7 @@ class Bytes:
 class Storage:
     """One block of memory that the meter follows: its size, its kind, and a weak reference that notices its death."""
 
-    bytes: int
+    size: int  # bytes
     kind: str
     watcher: weakref.ref
 
@@ -73,7 +73,7 @@ class Storage:
 class MemoryMeter(TorchDispatchMode):
     """Counts live bytes of tensors by kind inside a `with` block, on any device.
 
-    Each `with` starts a new diary with all that is alive then. Wrap one step or a few: each tensor adds two lines.
+    Each `with` starts a new diary with all that is alive then. Wrap one step or a few: each tensor adds two entries.
 
     model: its parameters and buffers at the start of the block are the weights.
     optimizer: needed if it has taken steps already; the state of any optimizer that steps inside is found anyway.
@@ -89,7 +89,7 @@ class MemoryMeter(TorchDispatchMode):
         self._diary: list[tuple[Storage, int]] = []  # + its bytes where it is born, - its bytes where it dies
 
     def __enter__(self):
-        self._diary = [(storage, storage.bytes) for storage in list(self._alive.values())]
+        self._diary = [(storage, storage.size) for storage in list(self._alive.values())]
         self._see([*self.model.parameters(), *self.model.buffers()], "weights")
         self._hooks = [register_optimizer_step_post_hook(self._after_optimizer_step)]
         for parameter in self.model.parameters():
@@ -129,13 +129,13 @@ class MemoryMeter(TorchDispatchMode):
             if storage.kind == "activations":
                 storage.kind = kind
             size = -(-memory.nbytes() // self.block) * self.block  # rounded up
-            if storage.bytes != size:  # new, or resized in place
-                self._diary.append((storage, size - storage.bytes))
-                storage.bytes = size
+            if storage.size != size:  # new, or resized in place
+                self._diary.append((storage, size - storage.size))
+                storage.size = size
 
     def _forget(self, address: int, _):
         storage = self._alive.pop(address)
-        self._diary.append((storage, -storage.bytes))
+        self._diary.append((storage, -storage.size))
 
     def timeline(self) -> Iterator[Bytes]:
         """Live bytes after every line of the diary. It begins with what was alive at the start, one by one."""
@@ -148,7 +148,7 @@ class MemoryMeter(TorchDispatchMode):
     def now(self) -> Bytes:
         """What is alive at this moment."""
         alive = list(self._alive.values())  # a copy, because storages may die meanwhile
-        return Bytes(**{kind: sum(storage.bytes for storage in alive if storage.kind == kind) for kind in KINDS})
+        return Bytes(**{kind: sum(storage.size for storage in alive if storage.kind == kind) for kind in KINDS})
 
     @property
     def peak(self) -> Bytes:
@@ -158,7 +158,7 @@ class MemoryMeter(TorchDispatchMode):
     @property
     def highest(self) -> dict[str, int]:
         """Each kind's own largest value, and the largest total as "peak". The kinds are largest at different moments
-        (activations before backward, gradients after it), so they add up to more than the peak."""
+        (activations before backward, gradients after it), so they can add up to more than the peak."""
         moments = [Bytes(), *self.timeline()]
         own = {kind: max(getattr(live, kind) for live in moments) for kind in KINDS}
         return own | {"peak": self.peak.total}

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minilora.text.batches import IGNORE, cut, examples, pack
+from minilora.text.batches import cut, examples, pack
+from minilora.train_settings import IGNORE
 
 BOS, EOS, LENGTH = 1, 2, 16
 FRAME = SimpleNamespace(bos_id=BOS, eos_id=EOS)  # all that `pack` needs of a tokenizer
@@ -55,7 +56,9 @@ def test_packed_rows_count_every_token_but_bos_and_padding(sizes):
     assert torch.equal(batches.labels[counted], batches.input_ids[counted]), "a label is not the token it stands at"
     assert BOS not in batches.labels, "<bos> is counted"
     assert int((batches.labels == EOS).sum()) == len(documents), "each document has one end, and padding is not one"
-    assert batches.counted_tokens == sum(len(document) + 1 for document in documents)
+    assert batches.counted_tokens == sum(len(document) + 1 for document in documents), (
+        f"{batches.counted_tokens} tokens count"
+    )
 
 
 @pytest.mark.parametrize("size", [LENGTH - 1, LENGTH, 2 * LENGTH - 2, 5 * LENGTH + 3])
@@ -69,7 +72,9 @@ def test_a_document_longer_than_a_row_is_cut_into_whole_rows(size):
     assert all(len(row) == LENGTH for row in rows[1 : 1 + pieces])
     # The first token of a row has nothing before it: of the long document, a row's first token is not predicted.
     lost = -(-(size + 2) // LENGTH) - 1
-    assert batches.counted_tokens == size + 1 - lost + 2 * 4
+    assert batches.counted_tokens == size + 1 - lost + 2 * 4, (
+        f"{size + 1 - lost + 2 * 4} tokens count, not {batches.counted_tokens}"
+    )
 
 
 def test_cut_keeps_every_token_of_whole_rows():
@@ -78,7 +83,7 @@ def test_cut_keeps_every_token_of_whole_rows():
     assert batches.input_ids.shape == (6, LENGTH)
     assert batches.input_ids.flatten().tolist() == ids[:96]
     assert torch.equal(batches.labels, batches.input_ids)
-    assert batches.counted_tokens == 6 * (LENGTH - 1)
+    assert batches.counted_tokens == 6 * (LENGTH - 1), f"{6 * (LENGTH - 1)} tokens count, not {batches.counted_tokens}"
     batches.labels[0, 0] = IGNORE
     assert batches.input_ids[0, 0] == 0, "labels and input_ids share their memory"
 
@@ -104,7 +109,7 @@ def test_examples_count_the_completion_and_its_end(tokenizer):
         assert row[: len(before) + len(after)] == before + after
         assert labels == [IGNORE] * len(before) + after + [IGNORE] * padding, f"{prompt!r}: {labels}"
         counted += len(after)
-    assert batches.counted_tokens == counted
+    assert batches.counted_tokens == counted, f"{counted} tokens count, not {batches.counted_tokens}"
     assert min(row.tolist().count(tokenizer.eos_id) for row in batches.input_ids) == 1, "padded beyond the longest"
 
 

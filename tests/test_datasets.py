@@ -42,7 +42,9 @@ def test_the_shortest_text_that_will_do(tokenizer, tmp_path):
     path.write_text("\n" * 2 * LENGTH + "1", encoding="utf-8")
     size = len(tokenizer.encode(path.read_text(encoding="utf-8")))
     dataset = load_dataset(str(path), tokenizer, size // 2)
-    assert len(dataset.train) == len(dataset.validation) == 1
+    assert len(dataset.train) == len(dataset.validation) == 1, (
+        f"one row each, not {len(dataset.train)} and {len(dataset.validation)}"
+    )
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -50,11 +52,13 @@ def test_a_task_counts_completions_only(tokenizer, name, monkeypatch):
     monkeypatch.setattr(datasets, "load_task", lambda name, seed: load_task(name, 50, 20, seed))
     dataset = load_dataset(name, tokenizer, 256, seed=3)
     task = load_task(name, 50, 20, seed=3)
-    assert dataset.task == task
+    assert dataset.task == task, "the task is not that of seed 3"
     for batches, split in ((dataset.train, task.train), (dataset.validation, task.validation)):
         assert len(batches) == len(split)
-        assert batches.counted_tokens == sum(len(tokenizer.encode(each.completion)) + 1 for each in split)
-    assert dataset.floor == task.floor(tokenizer)
+        assert batches.counted_tokens == sum(len(tokenizer.encode(each.completion)) + 1 for each in split), (
+            f"completions and end tokens alone count, not {batches.counted_tokens}"
+        )
+    assert dataset.floor == task.floor(tokenizer), f"the floor is {task.floor(tokenizer)}, not {dataset.floor}"
     assert dataset.prompts == [each.prompt for each in task.validation[:3]]
 
 

@@ -45,7 +45,9 @@ def test_peak_of_a_known_sequence_is_exact_to_the_byte():
         del a
     assert meter.peak == Bytes(activations=4400), f"expected a peak of 4400 bytes, got {meter.peak}"
     assert meter.now == Bytes(activations=2000), f"expected 2000 bytes alive, got {meter.now}"
-    assert [live.total for live in meter.timeline()] == [400, 4400, 400, 2400, 2000]
+    assert [live.total for live in meter.timeline()] == [400, 4400, 400, 2400, 2000], (
+        f"400, 4400, 400, 2400, 2000, not {[live.total for live in meter.timeline()]}"
+    )
     del c
     assert meter.now.total == 0, "a tensor that dies after the block must be seen to die"
 
@@ -59,7 +61,7 @@ def test_views_are_counted_once():
     del x
     assert meter.now.total == 800, "a storage lives as long as any view of it"
     del views
-    assert meter.now.total == 0
+    assert meter.now.total == 0, f"all are dead, and {meter.now.total} bytes are counted"
 
 
 def test_in_place_operations_add_nothing():
@@ -84,7 +86,7 @@ def test_a_tensor_made_before_is_counted_once_it_is_used():
     meter = meter_of_nothing()
     with meter:
         x.sum()
-    assert meter.now.total == 400
+    assert meter.now.total == 400, f"one tensor of 400 bytes was used, and {meter.now.total} are counted"
 
 
 def test_block_rounds_each_storage_up():
@@ -110,8 +112,12 @@ def test_linear_layer_by_hand():
         optimizer.zero_grad()
     assert meter.now == Bytes(weights=800, optimizer=2 * 800 + 4), f"after zero_grad: {meter.now}"
     # Largest of all inside AdamW's step: two temporaries of the weight's size at most, beside W, its gradient and state
-    assert meter.highest["gradients"] == 800 and meter.highest["optimizer"] == 1604
-    assert meter.highest["peak"] <= 800 + 800 + 1604 + 2 * 800
+    assert meter.highest["gradients"] == 800 and meter.highest["optimizer"] == 1604, (
+        f"gradients 800, optimizer 1604, not {meter.highest}"
+    )
+    assert meter.highest["peak"] <= 800 + 800 + 1604 + 2 * 800, (
+        f"at most {800 + 800 + 1604 + 2 * 800}, not {meter.highest['peak']}"
+    )
 
 
 def test_gradient_and_state_count_under_their_names_from_the_first_byte():
@@ -144,9 +150,13 @@ def test_frozen_parameters_have_no_gradient_and_no_state():
         model(torch.ones(2, 64)).sum().backward()
         optimizer.step()
     trained = 4 * (64 * 8 + 8)
-    assert meter.now.weights == 4 * (64 * 64 + 64) + trained + 4000
-    assert meter.now.gradients == trained
-    assert meter.now.optimizer == 2 * trained + 2 * 4
+    assert meter.now.weights == 4 * (64 * 64 + 64) + trained + 4000, (
+        f"{4 * (64 * 64 + 64) + trained + 4000} bytes of weights, not {meter.now}"
+    )
+    assert meter.now.gradients == trained, f"{trained} bytes of gradients, not {meter.now.gradients}"
+    assert meter.now.optimizer == 2 * trained + 2 * 4, (
+        f"{2 * trained + 2 * 4} bytes of state, not {meter.now.optimizer}"
+    )
 
 
 def test_state_and_gradients_from_before_the_block_are_known():
@@ -157,7 +167,9 @@ def test_state_and_gradients_from_before_the_block_are_known():
     meter = MemoryMeter(layer, optimizer)
     with meter:
         pass
-    assert meter.now == Bytes(weights=880, gradients=880, optimizer=2 * 880 + 2 * 4)
+    assert meter.now == Bytes(weights=880, gradients=880, optimizer=2 * 880 + 2 * 4), (
+        f"weights 880, gradients 880, state 1768, not {meter.now}"
+    )
 
 
 def test_tied_weights_are_counted_once():
@@ -165,7 +177,9 @@ def test_tied_weights_are_counted_once():
     with (meter := MemoryMeter(model)):
         pass
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert meter.now.weights == 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert meter.now.weights == 4 * sum(parameter.numel() for parameter in model.parameters()), (
+        f"each weight once, not {meter.now}"
+    )
 
 
 def test_what_autograd_saves_is_alive_and_checkpointing_frees_it():

@@ -1,7 +1,6 @@
 """train.py: properties of the loop, on a model small enough to train in milliseconds."""
 
 import math
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,12 +10,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from minilora import train as train_file
 from minilora.model import GPT, GPTConfig
 from minilora.train import (
-    NonFiniteError,
-    TrainConfig,
     batch_rows,
-    compute_gradients,
     evaluate_loss,
     learning_rate_factor,
     make_optimizer,
@@ -24,8 +21,8 @@ from minilora.train import (
     train,
     training_step,
 )
+from minilora.train_settings import NonFiniteError, TrainConfig
 
-train_file = sys.modules["minilora.train"]  # the file; the name in the package is its function `train`
 SHAPE = GPTConfig(
     vocab_size=23,
     hidden_size=16,
@@ -78,6 +75,33 @@ def assert_same(first: dict, second: dict):
         assert torch.equal(first[name], second[name]), f"{name} should be bit-equal, and differs by up to {gap:.2e}"
 
 
+class Recorder:
+    """In an optimizer's place: keeps the gradients that it is given to step with."""
+
+    def step(self):
+        self.gradients = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+
+    def zero_grad(self, set_to_none):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
+def gradients_of_a_step(model, ids, labels, config=CONFIG) -> tuple[torch.Tensor, dict]:
+    """The loss that training_step returns, and by name the gradients that the optimizer is given."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    recorder = Recorder()
+    recorder.param_groups = [{"params": list(trainable.values())}]
+    loss = training_step(model, recorder, ids, labels, config)
+    left = [name for name, parameter in trainable.items() if parameter.grad is not None]
+    assert not left, f"after a step no gradient is kept; there are those of {left}"
+    return loss, dict(zip(trainable, recorder.gradients, strict=True))
+
+
+def norm_of(gradients: dict) -> float:
+    return math.sqrt(sum(float(gradient.pow(2).sum()) for gradient in gradients.values()))
+
+
 def loss_by_hand(model, ids, labels) -> tuple[float, int]:
     """Sum of -log p(next token) and how many count, token by token."""
     total, count = 0.0, 0
@@ -108,11 +132,9 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(pieces):
     results = []
     for accumulation_steps in (1, pieces):
         config = replace(CONFIG, batch_size=8, accumulation_steps=accumulation_steps, max_grad_norm=math.inf)
-        loss, norm = compute_gradients(model, data.input_ids, data.labels, config)
-        results.append((loss, norm, {name: p.grad.clone() for name, p in model.named_parameters()}))
-        model.zero_grad()
-    (loss, norm, gradients), (cut_loss, cut_norm, cut_gradients) = results
-    assert abs(loss - cut_loss) < 1e-13 and abs(norm - cut_norm) < 1e-13
+        results.append(gradients_of_a_step(model, data.input_ids, data.labels, config))
+    (loss, gradients), (cut_loss, cut_gradients) = results
+    assert abs(loss - cut_loss) < 1e-13, f"{pieces} micro-batches give the loss {cut_loss}, the whole batch {loss}"
     for name, gradient in gradients.items():
         gap = (gradient - cut_gradients[name]).abs().max()
         assert gap < 1e-14, f"gradient of {name} differs by {gap:.2e} between 1 and {pieces} micro-batches"
@@ -121,14 +143,19 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(pieces):
 def test_the_loss_of_a_step_is_the_mean_over_counted_tokens():
     model, data = small_model(torch.float64), small_data(4)
     total, count = loss_by_hand(model, data.input_ids, data.labels)
-    loss, _ = compute_gradients(model, data.input_ids, data.labels, CONFIG)
-    assert abs(loss.item() - total / count) < 1e-12, f"{loss.item()} is not {total / count}"
+    loss, _ = gradients_of_a_step(model, data.input_ids, data.labels)
+    assert abs(loss.item() - total / count) < 1e-12, (
+        f"the mean over the counted tokens is {total / count}, and the loss is {loss.item()}"
+    )
 
 
 def test_gradients_are_clipped_to_the_norm():
     model, data = small_model(torch.float64), small_data(4)
-    _, norm = compute_gradients(model, data.input_ids, data.labels, replace(CONFIG, max_grad_norm=0.01))
-    clipped = math.sqrt(sum(float(p.grad.pow(2).sum()) for p in model.parameters()))
+    norms = []
+    for most in (math.inf, 0.01):
+        config = replace(CONFIG, max_grad_norm=most)
+        norms.append(norm_of(gradients_of_a_step(model, data.input_ids, data.labels, config)[1]))
+    norm, clipped = norms
     assert norm > 0.1 and abs(clipped - 0.01) < 1e-6, f"norm {norm:.4f} was clipped to {clipped:.6f}, not 0.01"
 
 
@@ -138,7 +165,7 @@ def test_a_batch_in_which_nothing_counts_changes_nothing():
     loss = training_step(
         model, make_optimizer(model, CONFIG), data.input_ids, torch.full_like(data.labels, -100), CONFIG
     )
-    assert loss == 0
+    assert loss == 0, f"nothing counts, so the loss is 0, and not {loss}"
     assert_same(before, weights(model))
 
 
@@ -150,9 +177,7 @@ def test_checkpointing_gives_the_same_gradients(frozen_embedding):
     for enabled in (False, True):
         set_gradient_checkpointing(model, enabled)
         assert model.model.gradient_checkpointing == enabled
-        compute_gradients(model, data.input_ids, data.labels, CONFIG)
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
-        model.zero_grad()
+        gradients.append(gradients_of_a_step(model, data.input_ids, data.labels)[1])
     for name, gradient in gradients[0].items():
         gap = (gradient - gradients[1][name]).abs().max()
         assert gap < 1e-12, f"gradient of {name} differs by {gap:.2e} under checkpointing"
@@ -175,8 +200,8 @@ def test_the_step_runs_on_fake_tensors(precision, checkpointing):
         optimizer = make_optimizer(model, config)
         ids = torch.zeros(4, 8, dtype=torch.int64)
         loss = training_step(model, optimizer, ids, ids.clone(), config)
-    assert loss.shape == () and not loss.requires_grad
-    assert optimizer.param_groups[0]["fused"]
+    assert loss.shape == () and not loss.requires_grad, f"a scalar without a graph, not {loss}"
+    assert optimizer.param_groups[0]["fused"], "on a CPU AdamW is fused"
     assert len(optimizer.state) == len(list(model.parameters())), "the optimizer did not make its moments"
 
 
@@ -189,10 +214,12 @@ def test_bfloat16_runs_the_matrices_and_not_the_softmax(monkeypatch):
         "cross_entropy",
         lambda logits, *rest, **options: (seen.update(loss=logits.dtype), cross_entropy(logits, *rest, **options))[1],
     )
-    compute_gradients(model, data.input_ids, data.labels, replace(CONFIG, precision="bfloat16"))
-    assert seen == {"mlp": torch.bfloat16, "loss": torch.float32}
-    compute_gradients(model, data.input_ids, data.labels, CONFIG)  # "auto", on a CPU
-    assert seen == {"mlp": torch.float32, "loss": torch.float32}
+    gradients_of_a_step(model, data.input_ids, data.labels, replace(CONFIG, precision="bfloat16"))
+    assert seen == {"mlp": torch.bfloat16, "loss": torch.float32}, (
+        f"matrices in bfloat16, the softmax in float32, not {seen}"
+    )
+    gradients_of_a_step(model, data.input_ids, data.labels)  # "auto", on a CPU
+    assert seen == {"mlp": torch.float32, "loss": torch.float32}, f"everything in float32 on a CPU, not {seen}"
 
 
 # --- learning rate, order of the data, optimizer ---------------------------------------------------------------------
@@ -203,11 +230,17 @@ def test_the_schedule_climbs_and_then_falls_as_a_cosine():
     factors = [learning_rate_factor(step, config) for step in range(111)]
     climbs = [b - a for a, b in zip(factors[:10], factors[1:11], strict=True)]
     assert factors[0] > 0 and max(climbs) - min(climbs) < 1e-12, "the warm-up is not a straight line"
-    assert factors[10] == max(factors) == 1.0
+    assert factors[10] == max(factors) == 1.0, (
+        f"the peak is 1 at step 10, not {factors[10]}, and nowhere higher: {max(factors)}"
+    )
     assert all(a > b for a, b in zip(factors[10:], factors[11:], strict=False)), "the cosine does not fall throughout"
-    assert abs(factors[60] - 0.55) < 1e-12 and abs(factors[110] - 0.1) < 1e-12
+    assert abs(factors[60] - 0.55) < 1e-12 and abs(factors[110] - 0.1) < 1e-12, (
+        f"half-way 0.55 and at the end 0.1, not {factors[60]} and {factors[110]}"
+    )
     assert 1 - factors[20] < 0.1 * (1 - 0.1), "the cosine starts flat; this falls at once"
-    assert learning_rate_factor(0, replace(config, warmup_steps=0)) == 1.0
+    assert learning_rate_factor(0, replace(config, warmup_steps=0)) == 1.0, (
+        "without a warm-up the first step has the peak rate"
+    )
 
 
 @pytest.mark.parametrize("count, batch_size", [(10, 4), (10, 5), (3, 8), (1, 2)])
@@ -227,7 +260,9 @@ def test_rows_depend_on_seed_and_step_alone():
     torch.manual_seed(99)
     batch_rows(10, 3, CONFIG)
     train_file.epoch_order.cache_clear()
-    assert torch.equal(first, batch_rows(10, 7, CONFIG))
+    assert torch.equal(first, batch_rows(10, 7, CONFIG)), (
+        f"the rows of step 7 were {first}, and now are {batch_rows(10, 7, CONFIG)}"
+    )
 
 
 def test_every_trainable_parameter_is_in_exactly_one_group():
@@ -246,7 +281,9 @@ def test_every_trainable_parameter_is_in_exactly_one_group():
         with pytest.raises(ValueError, match=complaint):
             make_optimizer(model, CONFIG, groups)
     held = [p for group in make_optimizer(model, CONFIG).param_groups for p in group["params"]]
-    assert {id(p) for p in held} == {id(p) for p in (q, *rest)} and len(held) == len(rest) + 1
+    assert {id(p) for p in held} == {id(p) for p in (q, *rest)} and len(held) == len(rest) + 1, (
+        f"{len(held)} parameters are held, {len({id(p) for p in held})} different ones; {len(rest) + 1} are trainable"
+    )
     with pytest.raises(ValueError, match="nothing to train"):
         make_optimizer(model.requires_grad_(False), CONFIG)
 
@@ -258,8 +295,12 @@ def test_vectors_do_not_decay_and_groups_keep_their_own_rates():
         split["B" if "q_proj" in name else "rest"].append(parameter)
     groups = [{"params": iter(split["B"]), "lr": 0.16}, {"params": split["rest"]}]
     for group in make_optimizer(model, config, groups).param_groups:
-        assert group["weight_decay"] == (0.1 if group["params"][0].ndim > 1 else 0.0)
-        assert group["initial_lr"] == (0.16 if group["params"][0] in set(split["B"]) else 1e-2)
+        assert group["weight_decay"] == (0.1 if group["params"][0].ndim > 1 else 0.0), (
+            f"matrices decay by 0.1, vectors not; {group['params'][0].ndim} dimensions by {group['weight_decay']}"
+        )
+        assert group["initial_lr"] == (0.16 if group["params"][0] in set(split["B"]) else 1e-2), (
+            f"the peak of q_proj is 0.16, of the rest 0.01; here it is {group['initial_lr']}"
+        )
         assert len({p.ndim for p in group["params"]}) == 1
 
 
@@ -297,7 +338,7 @@ def test_only_what_requires_grad_is_trained():
     before = weights(model)
     quiet(model)
     changed = {name for name, weight in weights(model).items() if not torch.equal(weight, before[name])}
-    assert changed == chosen
+    assert changed == chosen, f"trained without requires_grad: {changed - chosen}; not trained: {chosen - changed}"
     assert all(p.grad is None for p in model.parameters()), "gradients were left behind"
 
 
@@ -310,13 +351,21 @@ def test_one_seed_one_result_bit_for_bit():
 
     (first, losses), (second, same_losses), (other, _) = run(3), run(3), run(4)
     assert_same(first, second)
-    assert losses == same_losses
+    assert losses == same_losses, f"the same seed should give the same losses, {losses}, not {same_losses}"
     assert any(not torch.equal(first[name], other[name]) for name in first), "another seed changed nothing"
+
+
+def test_gradients_left_over_from_elsewhere_do_not_enter_the_first_step():
+    fresh, used = small_model(), small_model()
+    used(small_data(seed=5).input_ids).square().sum().backward()
+    assert next(used.parameters()).grad.abs().max() > 0
+    quiet(fresh), quiet(used)
+    assert_same(weights(fresh), weights(used))
 
 
 def test_dropout_is_on_in_training_whatever_mode_the_model_came_in():
     losses = [quiet(Noisy(small_model()).train(mode)).train_loss for mode in (True, False)]
-    assert losses[0] == losses[1]
+    assert losses[0] == losses[1], f"the same losses were expected, and not {losses[0]} and {losses[1]}"
 
 
 def test_training_learns_and_the_history_says_so():
@@ -326,15 +375,23 @@ def test_training_learns_and_the_history_says_so():
     start = evaluate_loss(model, data, 3)
     history = quiet(model, config, data, validation=data)
     assert [step for step, _ in history.train_loss] == list(range(40))
-    assert [step for step, _ in history.validation_loss] == [0, 15, 30, 40]
-    assert history.validation_loss[0][1] == pytest.approx(start, abs=1e-6)
+    assert [step for step, _ in history.validation_loss] == [0, 15, 30, 40], (
+        f"every 15 steps, at the start and at the end: {history.validation_loss}"
+    )
+    assert history.validation_loss[0][1] == pytest.approx(start, abs=1e-6), (
+        f"{start} before training, not {history.validation_loss[0]}"
+    )
     assert history.validation_loss[-1][1] == pytest.approx(evaluate_loss(model, data, 3), abs=1e-6)
     assert history.validation_loss[-1][1] < 0.1 * start, (
         f"from {start:.3f} only to {history.validation_loss[-1][1]:.3f}"
     )
     assert history.best_validation_loss == min(loss for _, loss in history.validation_loss)
-    assert len(history.step_seconds) == 40 and history.tokens == 40 * 4 * 9
-    assert min(history.step_seconds) <= history.seconds_per_step <= max(history.step_seconds)
+    assert len(history.step_seconds) == 40 and history.tokens == 40 * 4 * 9, (
+        f"40 steps of 4 x 9 tokens, not {len(history.step_seconds)} and {history.tokens}"
+    )
+    assert min(history.step_seconds) <= history.seconds_per_step <= max(history.step_seconds), (
+        f"no median: {history.seconds_per_step}"
+    )
     assert history.tokens_per_second == pytest.approx(history.tokens / sum(history.step_seconds))
     assert not model.training
 
@@ -344,7 +401,7 @@ def test_evaluating_does_not_change_the_run():
     for validation, every in ((None, 0), (small_data(seed=5), 1)):
         model = Noisy(small_model())
         losses.append(quiet(model, replace(CONFIG, eval_every=every), validation=validation).train_loss)
-    assert losses[0] == losses[1]
+    assert losses[0] == losses[1], f"the same losses were expected, and not {losses[0]} and {losses[1]}"
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from minilora.text.tokenizer import AnyTokenizer
-
-IGNORE = -100
+from minilora.train_settings import IGNORE
 
 
 @dataclass

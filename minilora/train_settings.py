@@ -1,0 +1,118 @@
+"""What the training loop is given and what it leaves behind: `TrainConfig`, `History`, and the checks of its input."""
+
+import math
+import statistics
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor, nn
+
+IGNORE = -100  # the label of a token that does not count in the loss, as in Hugging Face
+
+
+class Rows(Protocol):
+    """What the loop trains on. labels[n, t] is the token at t, or IGNORE."""
+
+    input_ids: Tensor  # (N, T) int64
+    labels: Tensor  # (N, T) int64
+
+
+@dataclass
+class TrainConfig:
+    """How to train. Raises ValueError, naming the field, for a value that cannot work."""
+
+    steps: int  # optimizer steps
+    batch_size: int  # sequences per optimizer step
+    learning_rate: float  # the peak, reached after the warm-up
+    warmup_steps: int = 0
+    final_learning_rate: float = 0.1  # where the cosine ends, as a fraction of the peak
+    accumulation_steps: int = 1  # micro-batches that a batch is cut into: less memory, the same gradient
+    weight_decay: float = 0.0  # of matrices; vectors (norm weights, biases) never decay
+    betas: tuple[float, float] = (0.9, 0.95)  # 0.95 and not 0.999: a run of a few hundred steps needs a short memory
+    max_grad_norm: float = 1.0  # math.inf: no clipping
+    eval_every: int = 0  # steps; 0: only at the start and the end
+    save_every: int = 0  # steps; 0: only at the end, and never without a state_path
+    precision: str = "auto"  # "auto": bfloat16 autocast on CUDA, float32 elsewhere; or one of the two by name
+    gradient_checkpointing: bool = False  # keep less for backward, compute it again: about a third more arithmetic
+    seed: int = 0  # of the order of the data and of dropout
+
+    def __post_init__(self):
+        self.betas = tuple(self.betas)
+        counts = dict(steps=1, batch_size=1, accumulation_steps=1, warmup_steps=0, eval_every=0, save_every=0, seed=0)
+        for name, least in counts.items():
+            value = getattr(self, name)
+            self.require(type(value) is int and value >= least, name, f"a whole number of at least {least}")
+        self.require(0 < self.learning_rate < math.inf, "learning_rate", "a number above 0")
+        self.require(0 <= self.final_learning_rate <= 1, "final_learning_rate", "a fraction from 0 to 1")
+        self.require(0 <= self.weight_decay < math.inf, "weight_decay", "a number of at least 0")
+        self.require(self.max_grad_norm > 0, "max_grad_norm", "a number above 0 (math.inf: no clipping)")
+        two = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        self.require(two, "betas", "two numbers from 0 to below 1")
+        precisions = ("auto", "float32", "bfloat16")
+        self.require(self.precision in precisions, "precision", f"one of {', '.join(precisions)}")
+        self.require(self.warmup_steps < self.steps, "warmup_steps", f"below steps, which is {self.steps}")
+        divides = self.batch_size % self.accumulation_steps == 0
+        self.require(divides, "accumulation_steps", f"a divisor of batch_size, which is {self.batch_size}")
+
+    def require(self, fits: bool, name: str, rule: str):
+        if not fits:
+            raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
+
+
+@dataclass
+class History:
+    """The losses and times of a run. A point is [optimizer steps done before it, nats per counted token]."""
+
+    train_loss: list[list[float]] = field(default_factory=list)  # of the batch that the step is about to learn from
+    validation_loss: list[list[float]] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)  # of each step, evaluation and saving left out
+    tokens: int = 0  # all that went through the model, counted in the loss or not
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The median: the first step warms up, and one slow step must not decide."""
+        return statistics.median(self.step_seconds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / sum(self.step_seconds)
+
+    @property
+    def best_validation_loss(self) -> float:
+        return min(loss for _, loss in self.validation_loss)
+
+
+class NonFiniteError(ValueError):
+    """The loss or a gradient became NaN or infinite. The weights are still those of the last good step."""
+
+
+def check_data(data: Rows, name: str):
+    """Raises ValueError unless input_ids and labels are int64 of one shape (N, T) and some token counts."""
+    ids, labels = data.input_ids, data.labels
+    if ids.ndim != 2 or ids.shape != labels.shape or {str(ids.dtype), str(labels.dtype)} != {"torch.int64"}:
+        raise ValueError(
+            f"{name}: input_ids and labels must be int64 of one shape (N, T), "
+            f"not {ids.dtype} {tuple(ids.shape)} and {labels.dtype} {tuple(labels.shape)}"
+        )
+    if not (labels[:, 1:] != IGNORE).any():
+        raise ValueError(f"{name}: no token counts in the loss (no label after a row's first is other than {IGNORE})")
+
+
+def check_groups(model: nn.Module, groups: list[dict]) -> list[dict]:
+    """The groups with their parameters as lists. Raises ValueError unless each trainable parameter is in exactly one
+    group, and no other parameter in any."""
+    groups = [group | {"params": list(group["params"])} for group in groups]
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    grouped = set()
+    for parameter in [parameter for group in groups for parameter in group["params"]]:
+        if parameter not in names:
+            raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is in a group but not in the model")
+        if not parameter.requires_grad:
+            raise ValueError(f"{names[parameter]} is frozen and must not be in a parameter group")
+        if parameter in grouped:
+            raise ValueError(f"{names[parameter]} is in more than one parameter group")
+        grouped.add(parameter)
+    left_out = [name for parameter, name in names.items() if parameter.requires_grad and parameter not in grouped]
+    if left_out:
+        raise ValueError(f"in no parameter group, though trainable: {', '.join(left_out)}")
+    return groups
