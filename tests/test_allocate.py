@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from minilora import GPT, GPTConfig, LoRAConfig, TrainConfig, apply_lora, load_adapter, lora_layers, save_adapter, train
+from minilora import GPT, GPTConfig, LoRAConfig, TrainConfig, apply_lora, load_adapter, lora_layers, save_adapter
 from minilora.adapters.allocate import RankAllocator, component_importance, most_important, shrink
 from minilora.lora import LoRALinear
 from minilora.text.batches import Batches
-from minilora.train import make_optimizer
+from minilora.train import make_optimizer, train
 
 CONFIG = GPTConfig(50, 16, 24, 2, 2, max_position_embeddings=32)
 
@@ -113,7 +113,7 @@ def test_shrink_computes_the_same_and_round_trips(tmp_path):
     shrink(model)
     assert {name: layer.r for name, layer in lora_layers(model)} == found
     assert (logits(model) - before).abs().max() < 1e-12
-    assert model.lora_config.rank_pattern == {re.escape(name): r for name, r in found.items()}
+    assert model.lora_config.rank_pattern == {f"^{re.escape(name)}": r for name, r in found.items()}
     model.float()
     save_adapter(model, tmp_path)
     torch.manual_seed(0)
@@ -132,6 +132,13 @@ def test_shrink_keeps_the_scaling_of_layers_with_patterns(rslora):
     for name, layer in lora_layers(model):
         assert layer.scaling == pytest.approx(scalings[name], rel=1e-12), name
     assert (logits(model) - before).abs().max() < 1e-12
+
+
+def test_shrink_tells_a_layer_from_one_whose_name_ends_like_it():
+    model = nn.ModuleDict({"proj": nn.Linear(4, 4), "side": nn.ModuleDict({"proj": nn.Linear(4, 4)})})
+    model = fill(apply_lora(model, LoRAConfig(2, 2, target_modules=["proj"])))
+    model["proj"].lora_B.data[:, 1] = 0
+    assert {name: layer.r for name, layer in lora_layers(shrink(model))} == {"proj": 1, "side.proj": 2}
 
 
 def test_a_layer_of_zeros_keeps_one_component():
@@ -175,3 +182,9 @@ def test_budgets_that_cannot_be(budget):
 def test_steps_that_cannot_be(steps):
     with pytest.raises(ValueError, match="are needed"):
         RankAllocator(adapted(), 20, *steps)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_model_that_started_from_w_is_refused(start):
+    with pytest.raises(ValueError, match="ranks cannot move after a start from W"):
+        RankAllocator(adapted(init_lora_weights=start), budget=20, start=2, end=10)

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minilora.adapters.adapter import Adapter, apply_adapter, extract_adapter
 from minilora.adapters.combine import concatenate, dare, ties, truncate
-from minilora.adapters.inject import Adapter, apply_adapter, apply_lora, extract_adapter, lora_layers
-from minilora.lora import LoRAConfig
+from minilora.adapters.inject import apply_lora, lora_layers
+from minilora.config import LoRAConfig
 from minilora.model import GPT, GPTConfig
 from minilora.storage.adapters import load_adapter, save_adapter
 

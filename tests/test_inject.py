@@ -17,7 +17,8 @@ from minilora.adapters.inject import (
     train_adapter_only,
     unmerge_lora,
 )
-from minilora.lora import LoRAConfig, LoRALinear
+from minilora.config import LoRAConfig
+from minilora.lora import LoRALinear
 from minilora.model import GPT, GPTConfig
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -86,7 +87,9 @@ def test_only_adapters_are_trainable():
     apply_lora(model, LoRAConfig(target_modules=["q_proj"]))
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (name.endswith(("lora_A", "lora_B"))), name
-    assert {id(p) for p in adapter_parameters(model)} == {id(p) for p in model.parameters() if p.requires_grad}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found, expected = {names[p] for p in adapter_parameters(model)}, {names[p] for p in names if p.requires_grad}
+    assert found == expected, f"adapter_parameters and what is trainable differ in {sorted(found ^ expected)}"
     assert model.lora_config.target_modules == ["q_proj"]
 
 
@@ -109,7 +112,10 @@ def test_patterns_give_single_layers_their_own_rank_and_alpha_and_the_first_matc
 def test_every_option_reaches_the_layers():
     model = make_lora_model(r=4, lora_alpha=6, lora_dropout=0.25, use_rslora=True)
     for name, layer in lora_layers(model):
-        assert (layer.r, layer.lora_alpha, layer.lora_dropout, layer.scaling) == (4, 6, 0.25, 3.0), name
+        found = dict(r=layer.r, lora_alpha=layer.lora_alpha, lora_dropout=layer.lora_dropout, scaling=layer.scaling)
+        wanted = dict(r=4, lora_alpha=6, lora_dropout=0.25, scaling=3.0)
+        off = {option: f"{found[option]}, not {value}" for option, value in wanted.items() if found[option] != value}
+        assert not off, f"{name} has {off}"
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])

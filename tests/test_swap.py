@@ -7,21 +7,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minilora.adapters.inject import (
-    Adapter,
-    adapter_parameters,
-    apply_adapter,
-    apply_lora,
-    disable_lora,
-    extract_adapter,
-    lora_layers,
-    merge_lora,
-    unmerge_lora,
-)
+from minilora.adapters.adapter import Adapter, apply_adapter, extract_adapter
+from minilora.adapters.inject import adapter_parameters, apply_lora, disable_lora, lora_layers, merge_lora, unmerge_lora
 from minilora.adapters.swap import AdapterShelf
-from minilora.lora import LoRAConfig, LoRALinear
+from minilora.config import LoRAConfig
+from minilora.linear4bit import quantize_model, quantized_layers
+from minilora.lora import LoRALinear
 from minilora.model import GPT, GPTConfig
-from minilora.quant import quantize_model, quantized_layers
 from minilora.storage.adapters import load_adapter, save_adapter
 
 IDS = torch.arange(24).view(2, 12)
@@ -151,7 +143,8 @@ def test_the_model_has_the_layers_and_the_config_of_the_active_adapter():
         assert found.keys() == wanted.keys()
         for key, layer in found.items():
             for field in ("r", "lora_alpha", "lora_dropout", "scaling", "enabled"):
-                assert getattr(layer, field) == getattr(wanted[key], field), f"{field} of {key} with {name!r}"
+                value, meant = getattr(layer, field), getattr(wanted[key], field)
+                assert value == meant, f"with {name!r} active, {field} of {key} is {value}, and its config says {meant}"
         assert getattr(shelf.model, "lora_config", None) == CONFIGS.get(name)
 
 

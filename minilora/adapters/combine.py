@@ -1,26 +1,26 @@
-"""Several adapters of one base made into one adapter, with weights: skills added up, or one taken away (w < 0).
+"""Several adapters of one base made into one adapter, with weights: skills added, or one taken away (w < 0).
 
 Each adapter is a change of weight, so a sum of adapters is a sum of changes, layer by layer:
 
     ΔW = Σ w_i s_i B_i A_i = [w_1 s_1 B_1 | w_2 s_2 B_2 | ...] · [A_1 ; A_2 ; ...]
 
 The right-hand side is `concatenate`: B's beside each other, A's under each other, scale and weight inside B. It is the
-sum exactly, at rank R = Σ r_i. `truncate` goes back to a small rank: the r largest singular values of the sum, which no
-matrix of rank r comes closer to (Eckart and Young 1936). Adding the A's and adding the B's is something else:
+sum exactly, at rank R = Σ r_i. `truncate` goes back to a small rank: it keeps the r largest singular values of the sum,
+and no matrix of rank r is closer (Eckart and Young 1936). Adding the A's and adding the B's is something else:
 
     (B_1 + B_2)(A_1 + A_2) = B_1 A_1 + B_2 A_2 + B_1 A_2 + B_2 A_1
 
 The last two terms belong to neither adapter. A and B mean nothing apart: for any invertible M, (B M)(M⁻¹ A) is the same
 adapter with other cross terms.
 
-Adapters trained apart may also be in each other's way: small entries of one blur what is large in another, and opposite
-signs cancel. Two remedies work on the entries of ΔW, so both need it whole, and give up the low rank:
+Adapters trained apart may also disturb each other: small entries of one blur large entries of another, and opposite
+signs cancel. Two remedies work on the entries of ΔW, so both need ΔW whole and give up the low rank:
 
     ties    (Yadav et al. 2023) keep the largest entries of each, elect a sign for every entry, average those that agree
-    dare    (Yu et al. 2023) drop entries at random and scale up the rest: the sum stays right on average, and with few
-            entries left, adapters seldom meet in one
+    dare    (Yu et al. 2023) drop entries at random and scale up the rest: the sum stays right on average, and few
+            entries of one adapter meet an entry of another
 
-Both come back to rank r by SVD, and report how much of ΔW that lost: often much, since what they do is not low-rank.
+Both come back to rank r by SVD, and report how much of ΔW was lost: often much, because the result is not low-rank.
 
 Letters in the shape comments: in and out the layer's features, n adapters, r_i the rank of one, R of all together.
 """
@@ -34,51 +34,47 @@ from statistics import mode
 import torch
 from torch import Tensor
 
-from minilora.adapters.inject import Adapter
-from minilora.lora import LoRAConfig, check_rank
+from minilora.adapters.adapter import Adapter
+from minilora.config import LoRAConfig, check_rank
 
 Factors = tuple[Tensor, Tensor]  # B (out, r) and A (r, in), float64, scale and weight inside B
+Truncated = tuple[Adapter, dict[str, float]]  # an adapter, and by layer the share of ΔW that its rank misses
 
 
 def concatenate(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """Σ w_i ΔW_i exactly, at the sum of the ranks. Each layer gets what the adapters that have it bring.
+    """Σ w_i ΔW_i exactly, at the sum of the ranks of those adapters that have the layer.
 
-    Raises ValueError for no adapters, a weight missing or not finite, and layers whose shapes differ.
+    Raises ValueError for no adapters, DoRA adapters, weights missing or not finite, and layers whose shapes differ.
     """
     return _adapter({name: _stacked(parts) for name, parts in _weighted(adapters, weights).items()}, adapters)
 
 
-def truncate(adapters: Sequence[Adapter], weights: Sequence[float], r: int) -> tuple[Adapter, dict[str, float]]:
-    """The best adapter of rank r for Σ w_i ΔW_i, and what it misses: ‖ΔW - BA‖ / ‖ΔW‖ (Frobenius) for each layer.
+def truncate(adapters: Sequence[Adapter], weights: Sequence[float], r: int) -> Truncated:
+    """The best adapter of rank r for Σ w_i ΔW_i, and by layer its relative error, ‖ΔW - BA‖ / ‖ΔW‖ (Frobenius).
 
-    A layer whose sum has a smaller rank than r gets only that rank, and misses nothing. The sum is never formed: with
-    B = Q_b R_b and Aᵀ = Q_a R_a, its singular values are those of R_b R_aᵀ, which is R x R.
-
-    Raises what `concatenate` raises, and ValueError for an r below 1.
+    The sum is never formed: with B = Q_b R_b and Aᵀ = Q_a R_a, its singular values are those of R_b R_aᵀ, which is
+    R x R. Where the sum has a smaller rank than r, so has the layer's adapter, and the error is zero. Raises what
+    `concatenate` raises, and ValueError for an r below 1.
     """
     check_rank("r", r)
     factors, errors = {}, {}
     for name, parts in _weighted(adapters, weights).items():
         B, A = _stacked(parts)
         (Qb, Rb), (Qa, Ra) = torch.linalg.qr(B), torch.linalg.qr(A.T)
-        # Adapters that cancel leave only rounding, which is no part of the sum.
-        noise = torch.finfo(B.dtype).eps * len(Rb) * Rb.norm() * Ra.norm()
+        noise = torch.finfo(B.dtype).eps * len(Rb) * Rb.norm() * Ra.norm()  # left of adapters that cancel
         (b, a), errors[name] = _best(Rb @ Ra.T, r, noise)
         factors[name] = Qb @ b, a @ Qa.T
     return _adapter(factors, adapters), errors
 
 
-def ties(
-    adapters: Sequence[Adapter], weights: Sequence[float], density: float, r: int
-) -> tuple[Adapter, dict[str, float]]:
-    """Trim, elect, average: the adapter of rank r, and for each layer what the rank lost, as in `truncate`.
+def ties(adapters: Sequence[Adapter], weights: Sequence[float], density: float, r: int) -> Truncated:
+    """Trim, elect, average: the adapter of rank r, and by layer its relative error, as in `truncate`.
 
-    Of each w_i ΔW_i the `density` largest entries in magnitude stay, at least one. The sign of an entry is that of the
-    sum of what stayed there. Its value is the paper's disjoint mean: the sum of the weighted entries of that sign, over
-    their number; opposed and trimmed entries, absent layers and weights of zero do not count. Equal weights are the
-    paper's λ. The result is a mean already: for n adapters the plain choice is weights of 1, not 1/n.
-
-    Raises what `truncate` raises, and ValueError for a density outside (0, 1].
+    Of each w_i ΔW_i the share `density` stays, the entries of largest magnitude, at least one. The sum of the entries
+    that stayed at a place elects the sign there. The value is the paper's disjoint mean: the sum of the entries of that
+    sign, over their number; opposed and trimmed entries, absent layers and weights of zero do not count. Equal weights
+    are the paper's λ. The result is a mean already: for n adapters the plain choice is weights of 1, not 1/n. Raises
+    what `truncate` raises, and ValueError for a density outside (0, 1].
     """
 
     def merge(deltas: Tensor) -> Tensor:
@@ -91,13 +87,11 @@ def ties(
     return _by_entries(adapters, weights, density, r, merge)
 
 
-def dare(
-    adapters: Sequence[Adapter], weights: Sequence[float], density: float, r: int, seed: int = 0
-) -> tuple[Adapter, dict[str, float]]:
-    """Drop and rescale: the adapter of rank r, and for each layer what the rank lost, as in `truncate`.
+def dare(adapters: Sequence[Adapter], weights: Sequence[float], density: float, r: int, seed: int = 0) -> Truncated:
+    """Drop and rescale: the adapter of rank r, and by layer its relative error, as in `truncate`.
 
-    Every entry of every ΔW_i is kept with probability `density` and then divided by it, or becomes zero; the result is
-    the weighted sum. The same seed drops the same entries. Raises what `ties` raises.
+    Every entry of every ΔW_i is kept with probability `density` and then divided by `density`, or becomes zero; the
+    result is the weighted sum. The same seed drops the same entries. Raises what `ties` raises.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -108,13 +102,7 @@ def dare(
     return _by_entries(adapters, weights, density, r, merge)
 
 
-def _by_entries(
-    adapters: Sequence[Adapter],
-    weights: Sequence[float],
-    density: float,
-    r: int,
-    merge: Callable[[Tensor], Tensor],
-) -> tuple[Adapter, dict[str, float]]:
+def _by_entries(adapters, weights, density: float, r: int, merge: Callable[[Tensor], Tensor]) -> Truncated:
     """`merge` on the weighted deltas (n, out, in) of each layer, then rank r. Only one layer's are held at a time."""
     check_rank("r", r)
     if not 0 < density <= 1:
@@ -134,21 +122,16 @@ def _weighted(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str
     if not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"the weights are {list(weights)!r}; they must be finite numbers")
     if any(adapter.magnitude for adapter in adapters):
-        raise ValueError(
-            "DoRA adapters cannot be combined: their magnitudes scale W itself, which is not a sum of updates"
-        )
+        raise ValueError("DoRA adapters cannot be combined: their magnitudes scale W, and are no update to add")
     layers: dict[str, list[Factors]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         for name, A in adapter.A.items():
             B = weight * adapter.scaling(name) * adapter.B[name].double()
-            parts = layers.setdefault(name, [])
-            parts.append((B, A.double()))
-            (out, in_), first = (len(B), A.shape[1]), (len(parts[0][0]), parts[0][1].shape[1])
-            if (out, in_) != first:
-                raise ValueError(
-                    f"{name} is of {first[1]} to {first[0]} features in one adapter and of {in_} to {out} in another; "
-                    "only adapters of one base can be combined"
-                )
+            layers.setdefault(name, []).append((B, A.double()))
+    for name, parts in layers.items():
+        first, *others = dict.fromkeys(f"{A.shape[1]} to {len(B)}" for B, A in parts)
+        if others:
+            raise ValueError(f"{name} is of {first} features in one adapter and of {others[0]} in another: two bases")
     return layers
 
 
@@ -158,20 +141,16 @@ def _stacked(parts: list[Factors]) -> Factors:
 
 
 def _best(delta: Tensor, r: int, noise: float | Tensor = 0.0) -> tuple[Factors, float]:
-    """The nearest B A of rank r or below, each with half of every singular value, and its relative distance.
-
-    Singular values up to `noise` are taken for zero.
-    """
+    """The nearest B A of rank r or below, and its relative error. Singular values up to `noise` count as zero."""
     U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
     S = S.where(S > noise, 0)
-    root = S[:r].sqrt()
+    root = S[:r].sqrt()  # for each side
     error = (S[r:].norm() / S.norm()).item() if S.any() else 0.0
     return (U[:, :r] * root, root[:, None] * Vh[:r]), error
 
 
 def _adapter(factors: dict[str, Factors], adapters: Sequence[Adapter]) -> Adapter:
-    """The factors with a config that describes them, without dropout and scaled by 1; in the widest dtype of what they
-    were made of, float32 at least."""
+    """The factors with a config that describes them, scaled by 1; in their widest dtype, float32 at least."""
     dtypes = (tensor.dtype for adapter in adapters for part in (adapter.A, adapter.B) for tensor in part.values())
     dtype = reduce(torch.promote_types, dtypes, torch.float32)
     ranks = {name: len(A) for name, (_, A) in factors.items()}

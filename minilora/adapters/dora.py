@@ -1,13 +1,13 @@
-"""DoRA: the magnitude and the direction of each row of W learn apart (Liu et al. 2024, section 4).
+"""DoRA: the magnitude and the direction of each row of W are trained separately (Liu et al. 2024, section 4).
 
     V = W + s·BA        y = m ⊙ (V x) / ‖V‖ + b        ‖V‖ by row, (out,)
 
 m (out,) is trained beside A and B, and starts as the row norms of W, so that the layer starts as the one it wraps. In
-backward ‖V‖ counts as a constant (section 4.3): the gradient of A and B is LoRA's, scaled by g = m / ‖V‖, and nothing
-more has to be remembered.
+backward ‖V‖ counts as a constant (section 4.3): the gradient of A and B is LoRA's, scaled by g = m / ‖V‖. The gradient
+of m needs V x, so the layer keeps an array of N·out numbers that LoRA does not keep.
 
-The norms need no B·A in full: ‖V‖² = ‖W‖² + 2s ⟨W, BA⟩ + s² ‖BA‖², where by row ⟨W, BA⟩ = Σ (W Aᵀ) ⊙ B and
-‖BA‖² = Σ (B AAᵀ) ⊙ B: products of rank r.
+The norms need no BA in full: ‖V‖² = ‖W‖² + 2s ⟨W, BA⟩ + s² ‖BA‖², and by row ⟨W, BA⟩ = Σ (W Aᵀ) ⊙ B and
+‖BA‖² = Σ (B AAᵀ) ⊙ B are made of products of rank r.
 """
 
 import torch
@@ -16,21 +16,20 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from minilora.lora import LoRALinear, LowRankTerm
-from minilora.quant import Linear4bit, dequantize
+from minilora.fast import FastLoRALinear, LowRankTerm
+from minilora.linear4bit import Linear4bit
+from minilora.quant import dequantize
 
 
 class FormedDirection(Function):
-    """y = (g ⊙ (W + sBA)) x + b with g = m / ‖W + sBA‖, the weight formed for the step as in `lora.FormedWeight`.
+    """y = (g ⊙ (W + sBA)) x + b with g = m / ‖W + sBA‖, the weight formed for the step as in `fast.FormedWeight`.
 
-    The gradient of m is Σ_n gy ⊙ (V x) / ‖V‖, and (V x) / ‖V‖ is (y - b) / m: so y is kept, which the next layer mostly
-    keeps as well, and no product is computed twice.
+    The gradient of m is Σ_n gy ⊙ (V x) / ‖V‖, summed over tokens, and (V x) / ‖V‖ = (y - b) / m. So y is kept, which
+    the next layer may keep as well, and no product is computed twice.
     """
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, m: Tensor, norm: Tensor, s: float
-    ):
+    def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, m: Tensor, norm: Tensor, s):
         g = (m / norm)[:, None]  # (out, 1)
         y = F.linear(x, torch.addmm(W, B, A, alpha=s).mul_(g), bias)
         ctx.save_for_backward(x, W, bias, A, B, m, g, y)
@@ -52,42 +51,36 @@ class FormedDirection(Function):
         return gx, None, None, gA, gB, gm / m, None, None
 
 
-class DoRALinear(LoRALinear):
-    """A LoRALinear with a trained magnitude, `lora_magnitude_vector` (out,), in A's dtype.
+class DoRALinear(FastLoRALinear):
+    """A LoRA layer with a trained magnitude, `lora_magnitude_vector` (out,), in A's dtype.
 
     With dropout, as in PEFT: y = W x + b + (g - 1) ⊙ (W x_d) + g ⊙ s·BA x_d, x_d the dropped input.
     """
 
-    def __init__(self, base_layer: nn.Module, r: int, lora_alpha: float, lora_dropout=0.0, use_rslora=False):
+    def __init__(self, base_layer, r: int, lora_alpha: float, lora_dropout=0.0, use_rslora=False):
         super().__init__(base_layer, r, lora_alpha, lora_dropout, use_rslora)
-        squares = self.float_weight().pow(2).sum(1)
-        self.register_buffer("squared_norms", squares, persistent=False)  # ‖W‖² by row
-        self.lora_magnitude_vector = nn.Parameter(squares.sqrt())
-
-    def start_from(self, A: Tensor, B: Tensor):
-        """As in LoRALinear. W + s·BA is still the old W, so m stays; the norms of what is left of W are new."""
-        super().start_from(A, B)
-        self.squared_norms = self.float_weight().pow(2).sum(1)
+        self.lora_magnitude_vector = nn.Parameter(self.float_weight().pow(2).sum(1).sqrt())
 
     def float_weight(self) -> Tensor:
         """W (out, in), in A's dtype: float32 at least."""
         base, dtype = self.base_layer, self.lora_A.dtype
         if isinstance(base, Linear4bit):
             return dequantize(base.quantized, dtype)
-        return (self.original_weight if self.merged else base.weight).detach().to(dtype)
+        return (base.weight if self.original_weight is None else self.original_weight).detach().to(dtype)
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """‖W + s·BA‖ of each row, (out,)."""
-        A, B, s = self.lora_A, self.lora_B, self.scaling
-        cross = (self.float_weight() @ A.T * B).sum(1)  # (out, in) (in, r) ⊙ (out, r)
-        square = (B @ (A @ A.T) * B).sum(1)
-        return (self.squared_norms + 2 * s * cross + s**2 * square).clamp(min=0).sqrt()
+        """‖W + s·BA‖ of each row, (out,), with W as it is now: `quantize_model` may have changed it."""
+        W, (A, B), s = self.float_weight(), self.factors(), self.scaling
+        with torch.autocast(W.device.type, enabled=False):  # a norm of three digits would scale the whole row
+            cross = (W @ A.T * B).sum(1)  # (out, in) (in, r) ⊙ (out, r)
+            square = (B @ (A @ A.T) * B).sum(1)
+            return (W.pow(2).sum(1) + 2 * s * cross + s**2 * square).clamp(min=0).sqrt()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged or not self.enabled:
             return super().forward(x)
-        base, A, B, m, s = self.base_layer, self.lora_A, self.lora_B, self.lora_magnitude_vector, self.scaling
+        base, (A, B), m, s = self.base_layer, self.factors(), self.lora_magnitude_vector, self.scaling
         norm = self.norms()
         dropping = self.training and self.lora_dropout > 0
         if not dropping and self.forming_pays(x):
@@ -101,7 +94,7 @@ class DoRALinear(LoRALinear):
         dropped = base(x * mask / keep) - bias  # W x_d
         return y - dropped + g * LowRankTerm.apply(dropped, x, A, B, s / keep, mask)
 
-    def update(self) -> Tensor:
-        """g ⊙ (W + s·BA) - W, (out, in), in float32 at least."""
+    def delta_weight(self) -> Tensor:
+        """ΔW = g ⊙ (W + s·BA) - W, (out, in), in float32 at least."""
         W = self.float_weight()
-        return (self.lora_magnitude_vector / self.norms())[:, None] * (W + super().update()) - W
+        return (self.lora_magnitude_vector / self.norms())[:, None] * (W + super().delta_weight()) - W

@@ -1,38 +1,32 @@
 """From a LoRA layer to a LoRA model: find the linear layers by name, wrap them, freeze the rest.
 
-The model is not rewritten and does not notice. `apply_lora` puts a `LoRALinear` where a linear layer stood, and sets
+The model's own code is not changed. `apply_lora` puts a `LoRALinear` where a linear layer stood, and sets
 `requires_grad` on every parameter, both ways: off for everything, on for A and B. Freezing matters as much as
 wrapping: an optimizer that merely leaves out the base weights still has their gradients computed and held.
 """
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from minilora.adapters.dora import DoRALinear
-from minilora.adapters.factors import (
-    STARTS_FROM_WEIGHT,
-    check_original_left,
-    check_own_weight,
-    plain_config,
-    start_layer,
-)
-from minilora.lora import LoRAConfig, LoRALinear, lora_scaling
-from minilora.quant import Linear4bit, put, quantized_layers
+from minilora.adapters.starts import check_start, eva_directions, loftq, start_layer
+from minilora.config import LoRAConfig, check_rank
+from minilora.fast import FastLoRALinear
+from minilora.linear4bit import Linear4bit, float_linears, quantized_layers, replace_module
+from minilora.lora import LoRALinear
+from minilora.quant import QLORA, Quantization, check_finite, quantize
 
 
-def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, or what behaves as one, such as a quantized layer."""
-    return hasattr(module, "in_features") and hasattr(module, "out_features") and not isinstance(module, LoRALinear)
-
-
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if is_linear(module)}
+def linear_layers(model: nn.Module) -> dict[str, Any]:
+    """By full name, every nn.Linear and every layer that behaves as one, such as a Linear4bit."""
+    modules = {name: module for name, module in model.named_modules() if not isinstance(module, LoRALinear)}
+    return {name: m for name, m in modules.items() if hasattr(m, "in_features") and hasattr(m, "out_features")}
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
@@ -40,12 +34,11 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
 
 
-def find_targets(names: list[str], targets: list[str] | str) -> list[str]:
-    """The names that `target_modules` means, by PEFT's rules.
+def find_targets(names: list[str], targets: Sequence[str] | str) -> list[str]:
+    """The names that `target_modules` means, by PEFT's rules. Raises ValueError, naming every entry without a match.
 
     A list holds whole names or suffixes that begin after a dot; one string is a regular expression that must match
-    the whole name; "all-linear" is every linear layer but the output head. Raises ValueError naming each entry that
-    matches nothing.
+    the whole name; "all-linear" is every linear layer but the output head.
     """
     if targets == "all-linear":
         return [name for name in names if name.rpartition(".")[2] != "lm_head"]
@@ -68,68 +61,104 @@ def find_targets(names: list[str], targets: list[str] | str) -> list[str]:
     return [name for name in names if any(matches(name, target) for target in targets)]
 
 
+def matches_pattern(key: str, name: str) -> bool:
+    """PEFT's rule for a key of rank_pattern or alpha_pattern: an expression for the name or its end after a dot."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
 def pattern_value(pattern: dict, name: str, default):
-    """The value of the first key that matches the name or its end, by PEFT's rule."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    """The value of the first key that matches the name."""
+    return next((value for key, value in pattern.items() if matches_pattern(key, name)), default)
 
 
-def make_layer(layer: nn.Module, name: str, config: LoRAConfig) -> LoRALinear:
+def layer_rank(config: LoRAConfig, name: str) -> int:
+    return pattern_value(config.rank_pattern, name, config.r)
+
+
+def make_layer(layer, name: str, config: LoRAConfig) -> LoRALinear:
     """The wrapper that `config` asks for around the layer of that full name."""
-    r = pattern_value(config.rank_pattern, name, config.r)
     alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
-    kind = DoRALinear if config.use_dora else LoRALinear
-    return kind(layer, r, alpha, config.lora_dropout, config.use_rslora)
+    kind = DoRALinear if config.use_dora else FastLoRALinear
+    return kind(layer, layer_rank(config, name), alpha, config.lora_dropout, config.use_rslora)
 
 
 def check_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """The names of the layers that `apply_lora` will wrap. Raises ValueError where it does."""
+    """The names of the layers to wrap. Raises ValueError for LoRA layers, targets and keys without a match."""
     if any(lora_layers(model)):
         raise ValueError("the model already has LoRA layers; apply_lora works on a plain model")
     targets = find_targets(list(linear_layers(model)), config.target_modules)
     for pattern in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, pattern):
-            if not any(re.match(rf"(.*\.)?({key})$", name) for name in targets):
+            if not any(matches_pattern(key, name) for name in targets):
                 raise ValueError(f"{pattern} key {key!r} matches none of the layers that get an adapter")
     return targets
 
 
-def weight_users(model: nn.Module) -> dict[int, list[str]]:
-    """By the id of each parameter, the names of the modules that hold it: more than one for a tied head."""
-    users: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            users.setdefault(id(parameter), []).append(name)
-    return users
-
-
-def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
+def apply_lora(model: nn.Module, config: LoRAConfig, batches: Tensor | Iterable[Tensor] | None = None) -> nn.Module:
     """Wraps the layers that `config.target_modules` names and freezes everything else. Changes and returns the model.
 
-    Raises ValueError, before anything is changed, for a model that already has adapters, a target that matches
-    nothing, a key of rank_pattern or alpha_pattern that matches none of the targets, and for pissa and olora a layer
-    that has no W of its own to take a part from. Warns where r exceeds what the layer can use.
-
-    pissa and olora change the base: see `factors.start_layer`.
+    batches: token ids (N, T), or several such tensors, from whose activations the start "eva" is computed. Raises
+    ValueError, before anything is changed, for a model that already has adapters, a target that matches nothing, a key
+    of rank_pattern or alpha_pattern that matches none of the targets, and a start that the layers or the data cannot
+    give. Warns where r exceeds what the layer can use.
     """
-    targets = check_targets(model, config)
-    layers, users = linear_layers(model), weight_users(model)
-    if config.init_lora_weights in STARTS_FROM_WEIGHT:
-        for name in targets:
-            r = pattern_value(config.rank_pattern, name, config.r)
-            check_own_weight(name, layers[name], users, r, config.init_lora_weights)
-
-    for name in targets:
-        layer = layers[name]
-        r = pattern_value(config.rank_pattern, name, config.r)
-        if r > (full := min(layer.in_features, layer.out_features)):
-            warnings.warn(
-                f"r={r} exceeds the full rank {full} of {name}: more parameters, no more freedom", stacklevel=2
-            )
-        wrapped = make_layer(layer, name, config)
-        start_layer(wrapped, config.init_lora_weights)
-        put(model, name, wrapped)
-    model.lora_config = config
+    targets, start = check_targets(model, config), config.init_lora_weights
+    layers = {name: layer for name, layer in linear_layers(model).items() if name in targets}
+    ranks = {name: layer_rank(config, name) for name in targets}
+    for name, layer in layers.items():
+        check_start(start, name, layer, ranks[name])
+    directions: dict[str, Tensor] = {}
+    if start == "eva":
+        if batches is None:
+            raise ValueError("init_lora_weights 'eva' starts from data: apply_lora(model, config, batches) takes it")
+        directions = eva_directions(model, layers, ranks, batches)
+    for name, layer in layers.items():
+        r, full = ranks[name], min(layer.in_features, layer.out_features)
+        if r > full:
+            warnings.warn(f"r={r} exceeds the full rank {full} of {name}: no freedom is gained", stacklevel=2)
+        wrapper = make_layer(layer, name, config)
+        start_layer(wrapper, start, directions.get(name))
+        replace_module(model, name, wrapper)
+    vars(model)["lora_config"] = config
     return train_adapter_only(model)
+
+
+def apply_loftq(model: nn.Module, config: LoRAConfig, quantization: Quantization = QLORA, rounds: int = 5) -> nn.Module:
+    """`quantize_model` and `apply_lora`, with A and B that put back what 4 bits lose. Changes and returns the model.
+
+    `starts.loftq` tells the errors of one weight. PEFT leaves s out, so its start is right only where lora_alpha = r.
+    The adapter fits this 4-bit base and no other, so keep both: `save_adapter`, then `remove_lora` and `save_model`.
+    Raises ValueError, before anything is changed, for what apply_lora and quantize_model refuse, rounds below 1, an r
+    above a layer's full rank, another start in the config, and DoRA, whose magnitude would start from Q alone.
+    """
+    check_rank("rounds", rounds)
+    if config.init_lora_weights is not True or config.use_dora:
+        found = "use_dora" if config.use_dora else f"init_lora_weights {config.init_lora_weights!r}"
+        raise ValueError(f"LoftQ is a start of its own and does not go together with {found}")
+    targets, in_4_bits, linears = check_targets(model, config), quantized_layers(model), float_linears(model)
+    for name in targets:
+        if name in in_4_bits:
+            raise ValueError(f"{name} is in 4 bits already, and what was rounded away is gone; start on a float model")
+        r = layer_rank(config, name)
+        if name in linears and r > (full := min(linears[name].weight.shape)):
+            raise ValueError(f"LoftQ cannot give r={r} directions of {name}, which has {full}")
+    for name, linear in linears.items():
+        check_finite(f"{name}.weight", linear.weight)
+
+    apply_lora(model, config)
+    layers = dict(lora_layers(model))
+    for name in list(linears):
+        linear = linears.pop(name)  # the last reference but the model's: its float weight is freed in this round
+        if name in layers:
+            layer = layers[name]
+            quantized, A, B, _ = loftq(linear.weight, layer.r, layer.scaling, quantization, rounds)
+            layer.lora_A.data.copy_(A)
+            layer.lora_B.data.copy_(B)
+            layer.base_layer = Linear4bit.from_linear(linear, quantized)
+        else:
+            quantized = quantize(linear.weight, **asdict(quantization))
+            replace_module(model, name, Linear4bit.from_linear(linear, quantized))
+    return model
 
 
 def train_adapter_only(model: nn.Module) -> nn.Module:
@@ -146,20 +175,12 @@ def merge_lora(model: nn.Module):
     Raises ValueError, before anything is changed, for a base in 4 bits, where W + ΔW would have to be rounded again,
     and for a weight that another module uses too (a tied output head): the update would reach that module as well.
     """
+    users = [(name, p) for name, module in model.named_modules() for p in module.parameters(recurse=False)]
     for name, layer in lora_layers(model):
         if isinstance(layer.base_layer, Linear4bit):
-            raise ValueError(
-                f"cannot merge into {name}: it is in 4 bits, and rounding W + ΔW to 4 bits again would change what was "
-                "trained; dequantize_model(model) first, and merge into the float weights"
-            )
-    users = weight_users(model)
-    for name, layer in lora_layers(model):
-        shared = [
-            user
-            for user in users.get(id(getattr(layer.base_layer, "weight", None)), [])
-            if f"{name}.base_layer" != user
-        ]
-        if shared:
+            raise ValueError(f"cannot merge into {name}, which is in 4 bits; dequantize_model(model) and then merge")
+        weight = getattr(layer.base_layer, "weight", None)
+        if shared := [user for user, p in users if p is weight and user != f"{name}.base_layer"]:
             raise ValueError(f"cannot merge {name}: its weight is shared with {', '.join(shared)}")
     for _, layer in lora_layers(model):
         layer.merge()
@@ -173,100 +194,29 @@ def unmerge_lora(model: nn.Module):
 
 @contextmanager
 def disable_lora(model: nn.Module):
-    """`with disable_lora(model):` the model is the base model, merged or not. What was enabled before is so again."""
-    layers = [layer for _, layer in lora_layers(model)]
-    before = [layer.enabled for layer in layers]
+    """`with disable_lora(model):` the model is the base model, merged or not. Layers enabled before are so after it."""
+    before = {layer: layer.enabled for _, layer in lora_layers(model)}
     try:
-        for layer in layers:
+        for layer in before:
             layer.enabled = False
         yield model
     finally:
-        for layer, enabled in zip(layers, before, strict=True):
+        for layer, enabled in before.items():
             layer.enabled = enabled
 
 
-@dataclass
-class Adapter:
-    """An adapter apart from any model: its config, and by full layer name the A (r, in) and B (out, r) of each layer,
-    for DoRA also its magnitude (out,)."""
-
-    config: LoRAConfig
-    A: dict[str, Tensor]
-    B: dict[str, Tensor]
-    magnitude: dict[str, Tensor] = field(default_factory=dict)
-
-    def fill(self, name: str, layer: LoRALinear):
-        """Puts the numbers of one layer into its wrapper. ValueError, naming the layer, where they do not fit it."""
-        parts = {"lora_A": self.A, "lora_B": self.B, "lora_magnitude_vector": self.magnitude}
-        wanted = dict(layer.named_parameters(recurse=False))
-        for part, parameter in wanted.items():
-            if name not in parts[part] or parts[part][name].shape != parameter.shape:
-                found = tuple(parts[part][name].shape) if name in parts[part] else "none"
-                raise ValueError(f"{name} needs a {part} of shape {tuple(parameter.shape)}; the adapter has {found}")
-        for part, parameter in wanted.items():
-            parameter.data.copy_(parts[part][name])
-
-    def scaling(self, name: str) -> float:
-        """s of one layer, as its LoRALinear has it."""
-        alpha = pattern_value(self.config.alpha_pattern, name, self.config.lora_alpha)
-        return lora_scaling(self.A[name].shape[0], alpha, self.config.use_rslora)
-
-
-def extract_adapter(model: nn.Module) -> Adapter:
-    """A copy of the model's adapter, plain: one for the base as it was before `apply_lora`, however it started.
-
-    PiSSA's and OLoRA's is ΔW = s·(BA - B₀A₀) = s·[B | -B₀]·[A ; A₀], of twice the rank. Raises ValueError for a model
-    that has no adapter, and for one that was put into 4 bits after such a start: no base before it fits.
-    """
-    layers = dict(lora_layers(model))
-    if not layers:
-        raise ValueError("the model has no LoRA layers; apply_lora(model, config) puts them in")
-    check_original_left(layers)
-    adapter = Adapter(plain_config(model.lora_config), {}, {})
-    for name, layer in layers.items():
-        A, B = layer.lora_A.detach(), layer.lora_B.detach()
-        adapter.A[name] = torch.cat([A, layer.start_A]) if layer.moved else A.clone()  # (2r, in)
-        adapter.B[name] = torch.cat([B, -layer.start_B], 1) if layer.moved else B.clone()  # (out, 2r)
-        if isinstance(layer, DoRALinear):
-            adapter.magnitude[name] = layer.lora_magnitude_vector.detach().clone()
-    return adapter
-
-
-def apply_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
-    """`apply_lora` with the adapter's config, then its numbers: the model, changed.
-
-    Raises what apply_lora raises, and ValueError for numbers that are missing or mis-shaped; the model is then plain.
-    """
-    apply_lora(model, adapter.config)
-    try:
-        for name, layer in lora_layers(model):
-            adapter.fill(name, layer)
-    except ValueError:
-        remove_lora(model)
-        raise
-    return model
-
-
 def remove_lora(model: nn.Module):
-    """Takes the LoRA layers out again: the plain model, frozen as it was. Raises ValueError while they are merged.
-
-    What pissa or olora took out of a weight is added again. That gives W up to rounding, not bit for bit: keeping W
-    would have cost what the base does. For the very bits, load the base again.
-    """
+    """Takes the LoRA layers out again: the plain model, bit for bit, still frozen. ValueError while they are merged."""
     layers = dict(lora_layers(model))
     if any(layer.merged for layer in layers.values()):
         raise ValueError("the LoRA layers are merged; unmerge_lora(model) before taking them out")
-    check_original_left(layers)
     for name, layer in layers.items():
-        if layer.moved:
-            weight = layer.base_layer.weight.data
-            weight.copy_(weight + layer.product(layer.start_A, layer.start_B))
-        put(model, name, layer.base_layer)
+        replace_module(model, name, layer.base_layer)
     vars(model).pop("lora_config", None)
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What is trained of every LoRA layer: A, B, and DoRA's magnitude."""
+    """Of every LoRA layer A and B, and DoRA's magnitude."""
     return [parameter for _, layer in lora_layers(model) for parameter in layer.parameters(recurse=False)]
 
 

@@ -1,148 +1,154 @@
-"""Starts that need more than a weight: LoftQ a quantizer, EVA data; and LoRA-FA, which freezes A where it started.
+"""How A (r, in) and B (out, r) start: the names of `LoRAConfig.init_lora_weights`, and what each computes.
 
-B = 0 and a random A say nothing about the layer. Other starts say more, through `LoRAConfig.init_lora_weights`:
+B = 0 and a random A say nothing about the layer. Other starts say more:
 
-    True        A uniform within ±1/√in, B = 0 (Hu et al. 2021)
+    True        A uniform within ±1/√in, B = 0 (Hu et al. 2021): what LoRALinear is made with
     "gaussian"  A normal with standard deviation 1/r, B = 0
-    "pissa"     the largest singular directions of W, which leave the base for the adapter (Meng et al. 2024)
-    "olora"     the same with a QR decomposition (Büyükakyüz 2024)
-    "eva"       A the directions in which the layer's inputs vary most, B = 0 (Paischer et al. 2024):
-                like True until `eva_start` has seen data
-    LoftQ       the part of W that 4 bits lose (Li et al. 2023): `apply_loftq`
+    "pissa"     s·BA = U_r S_r V_rᵀ, the r largest singular values of W = U S Vᵀ (Meng et al. 2024, section 3)
+    "olora"     BA = Q_r R_r of W = Q R: orthonormal columns of B (Büyükakyüz 2024)
+    "eva"       A the r directions in which the layer's inputs vary most, B = 0 (Paischer et al. 2024)
+    LoftQ       W ≈ Q + s·BA with Q in 4 bits: BA is what rounding lost (Li et al. 2023, algorithm 1); `apply_loftq`
 
-PiSSA and OLoRA change the base and are undone on saving (`inject.extract_adapter`). LoftQ makes a base of its own, and
-its adapter fits no other. The rest leave the base alone. What each computes from a weight is in `factors.py`.
+With PiSSA and OLoRA B does not start at zero, so BA would change the layer. The papers take s·B₀A₀ out of W. Here W
+stays as it is and the layer computes W x + s·(BA - B₀A₀) x, the same function. So W is exact after the adapter is
+switched off or taken out. The price: the thin products have rank 2r, and W less its largest part, the matrix that the
+papers keep in 4 bits, never exists here.
+
+The decompositions are whole ones, so the same weight gives the same start. Their cost grows with the cube of the width:
+0.1 s on one core at 512, so a minute at 4096. PEFT also offers a randomized SVD, "pissa_niter_16": faster, and near.
+
+Letters in the shape comments: in and out the layer's features, r rank, k = min(in, out).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters.factors import loftq
-from minilora.adapters.inject import apply_lora, check_targets, lora_layers, pattern_value
-from minilora.lora import LoRAConfig, lora_scaling
-from minilora.quant import (
-    Linear4bit,
-    check_finite,
-    check_settings,
-    float_linears,
-    put,
-    quantize_model,
-    quantized_layers,
-)
+from minilora.lora import LoRALinear
+from minilora.quant import QLORA, Quantization, QuantizedTensor, dequantize, quantize
+
+
+def energy_rank(singular_values: Tensor, share: float) -> int:
+    """The fewest of a matrix's singular values, (k,) from the largest on, whose squares add up to `share` of them all.
+
+    At least 1. Σ σ_i² = ‖W‖² is the matrix's energy: the best approximation of that rank misses 1 - share of the energy
+    (Eckart and Young 1936). Raises ValueError for a share that is not above 0 and at most 1.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share!r}; it must be above 0 and at most 1")
+    energy = singular_values.double().square().cumsum(0)  # of the first 1, 2, ... k
+    return min(int((energy < share * energy[-1]).sum()) + 1, len(energy))
+
+
+def pissa(W: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """A = √(S_r / s) V_rᵀ and B = U_r √(S_r / s): no other s·BA of rank r is nearer to W."""
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)  # (out, k), (k,), (k, in)
+    root = (S[:r] / scaling).sqrt()
+    return root[:, None] * Vh[:r], U[:, :r] * root
+
+
+def olora(W: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """A = R_r and B = Q_r, whatever s is, as in PEFT: s·BA is then s times a part of W."""
+    Q, R = torch.linalg.qr(W)  # (out, k), (k, in)
+    return R[:r], Q[:, :r]
+
+
+STARTS_FROM_WEIGHT = {"pissa": pissa, "olora": olora}
+
+
+def loftq(
+    W: Tensor, r: int, scaling: float, quantization: Quantization = QLORA, rounds: int = 5
+) -> tuple[QuantizedTensor, Tensor, Tensor, list[float]]:
+    """Q in 4 bits, A, B, and the errors ‖W - (Q + s·BA)‖ / ‖W‖: of rounding alone, then after each round.
+
+        Q = quantize(W - s·BA)        s·BA = the best of rank r for W - Q
+
+    The second step never makes the error larger; the first may, because it rounds another matrix to other scales. So
+    the best round is kept, and not the last. The first round starts at BA = 0 and cannot be worse than rounding alone.
+    """
+    wide = W.detach().to(torch.promote_types(W.dtype, torch.float32))
+    size, product = wide.norm().clamp(min=torch.finfo(wide.dtype).tiny), torch.zeros_like(wide)
+    errors: list[float] = []
+    for _ in range(rounds):
+        quantized = quantize((wide - product).to(W.dtype), **asdict(quantization))
+        residual = wide - dequantize(quantized, wide.dtype)
+        if not errors:
+            errors.append((residual.norm() / size).item())
+        A, B = pissa(residual, r, scaling)
+        product = scaling * B @ A
+        errors.append(((residual - product).norm() / size).item())
+        if errors[-1] <= min(errors[1:]):
+            best = quantized, A, B
+    return *best, errors
 
 
 @torch.no_grad()
-def apply_loftq(
-    model: nn.Module,
-    config: LoRAConfig,
-    scheme: str = "nf4",
-    block_size: int = 64,
-    double_quant: bool = True,
-    rounds: int = 5,
-) -> nn.Module:
-    """`quantize_model` and `apply_lora`, with A and B that put back what 4 bits lose. Changes and returns the model.
+def eva_directions(
+    model: nn.Module, layers: Mapping[str, Any], ranks: Mapping[str, int], batches: Tensor | Iterable[Tensor]
+) -> dict[str, Tensor]:
+    """By layer, the first r right singular vectors of its inputs on `batches`, (r, in): where EVA's A starts.
 
-    PEFT leaves s out, so its start is right where lora_alpha = r. `factors.loftq` tells the errors of one weight. The
-    adapter fits this 4-bit base and no other, so keep both: `save_adapter`, then `remove_lora` and `save_model`.
-
-    Raises ValueError, before anything is changed, for what apply_lora and quantize_model refuse, rounds below 1, an r
-    above a layer's full rank, another start in the config, and DoRA, whose magnitude would start from Q alone.
+    batches: ids (N, T), or several of them; every token counts. The right singular vectors of X (tokens, in) are the
+    eigenvectors of XᵀX, which is summed over batches in float64: exact, at in² numbers a layer. The paper updates an
+    SVD of r directions batch by batch, which needs r·in numbers and drops the rest each time, and PEFT takes the mean
+    off as well. The paper also moves ranks from layer to layer; here every layer keeps its own. Raises ValueError for
+    an r above the number of tokens or of features.
     """
-    check_settings(scheme, block_size)
-    if type(rounds) is not int or rounds < 1:
-        raise ValueError(f"rounds is {rounds!r}; it must be a whole number of at least 1")
-    if config.init_lora_weights is not True or config.use_dora:
-        found = "use_dora" if config.use_dora else f"init_lora_weights {config.init_lora_weights!r}"
-        raise ValueError(f"LoftQ is a start of its own and does not go together with {found}")
-    targets, in_4_bits, linears = check_targets(model, config), quantized_layers(model), float_linears(model)
-    ranks = {name: pattern_value(config.rank_pattern, name, config.r) for name in targets}
-    for name in targets:
-        if name in in_4_bits:
-            raise ValueError(f"{name} is in 4 bits already, and what that lost is gone; LoftQ starts on a float model")
-        if name in linears and ranks[name] > (full := min(linears[name].weight.shape)):
-            raise ValueError(f"LoftQ cannot give r={ranks[name]} directions of {name}, which has {full}")
-    for name, linear in linears.items():
-        check_finite(f"{name}.weight", linear.weight)
+    sums: dict[str, Tensor] = {}
+    tokens = 0
 
-    starts = {}
-    for name in [name for name in targets if name in linears]:  # not the output head, which keeps its floats
-        linear, r = linears.pop(name), ranks[name]
-        s = lora_scaling(r, pattern_value(config.alpha_pattern, name, config.lora_alpha), config.use_rslora)
-        quantized, A, B, _ = loftq(linear.weight, r, s, scheme, block_size, double_quant, rounds)
-        put(model, name, Linear4bit.from_linear(linear, quantized))
-        starts[name] = A, B
-    if linears:  # no targets
-        linears.clear()
-        quantize_model(model, scheme, block_size, double_quant)
-    apply_lora(model, config)
-    for name, (A, B) in starts.items():
-        layer = model.get_submodule(name)
-        layer.lora_A.copy_(A)
-        layer.lora_B.copy_(B)
-    return model
+    def add(name: str, layer: nn.Module, inputs: tuple[Tensor]):
+        X = inputs[0].reshape(-1, inputs[0].shape[-1])  # (tokens, in)
+        X = X.to("cpu" if X.device.type == "mps" else X.device).double()  # MPS has no float64
+        sums[name] = X.T @ X + sums.get(name, 0)  # (in, in)
 
-
-@torch.no_grad()
-def eva_start(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> nn.Module:
-    """Sets A of every LoRA layer to the first r right singular vectors of its inputs on `batches`; B stays 0.
-
-    batches: ids (N, T), or several of them; every token counts. Call it after `apply_lora`, on a float base or one in
-    4 bits. The right singular vectors of X (tokens, in) are the eigenvectors of XᵀX, which is summed up over batches in
-    float64: in² numbers a layer while it runs, exact. The paper updates an SVD of r directions batch by batch instead,
-    which needs r·in numbers and drops the rest each time; PEFT takes the mean off as well. The paper also moves ranks
-    from layer to layer by how much variance each explains; here every layer keeps its own.
-
-    Raises ValueError for a model without LoRA layers, one whose B is not 0, and fewer tokens than ranks.
-    """
-    layers = dict(lora_layers(model))
-    if not layers:
-        raise ValueError("the model has no LoRA layers to start; apply_lora(model, config) comes first")
-    for name, layer in layers.items():
-        if layer.lora_B.any():
-            raise ValueError(f"{name} has a B that is not 0: it was trained, or has a start of its own")
-    sums, tokens = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
-
-    def watch(name: str):
-        def add(module: nn.Module, inputs: tuple[Tensor]):
-            X = inputs[0].reshape(-1, module.in_features)  # (tokens, in)
-            X = X.to("cpu" if X.device.type == "mps" else X.device).double()  # MPS has no float64
-            sums[name] = sums[name] + X.T @ X  # (in, in)
-            tokens[name] += len(X)
-
-        return add
-
-    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(partial(add, name)) for name, layer in layers.items()]
     training, device = model.training, next(model.parameters()).device
     try:
         model.eval()
         for input_ids in batches.split(8) if isinstance(batches, Tensor) else batches:
             model(input_ids.to(device))
+            tokens += input_ids.numel()
     finally:
         model.train(training)
         for hook in hooks:
             hook.remove()
+    directions = {}
     for name, layer in layers.items():
-        if layer.r > min(tokens[name], layer.in_features):
-            raise ValueError(
-                f"{tokens[name]} tokens of {layer.in_features} features cannot give r={layer.r} directions for {name}"
-            )
-    for name, layer in layers.items():
+        r, features = ranks[name], layer.in_features
+        if r > min(tokens, features):
+            raise ValueError(f"{tokens} tokens of {features} features cannot give r={r} directions for {name}")
         vectors = torch.linalg.eigh(sums[name]).eigenvectors  # by columns, in ascending order
-        layer.lora_A.copy_(vectors[:, -layer.r :].T.flip(0))
-    return model
+        directions[name] = vectors[:, -r:].T.flip(0)
+    return directions
 
 
-def freeze_A(model: nn.Module) -> nn.Module:
-    """LoRA-FA (Zhang et al. 2023): A stays as it started, and only B is trained. Changes and returns the model.
+def check_start(start: bool | str, name: str, layer: nn.Module, r: int):
+    """Raises ValueError for a start from W of a layer that is not in floats, and for an r above its full rank."""
+    if start not in STARTS_FROM_WEIGHT:
+        return
+    if type(layer) is not nn.Linear:
+        found = f"{name} is a {type(layer).__name__}; quantize_model after such a start, or apply_loftq"
+        raise ValueError(f"init_lora_weights {start!r} starts from W in floats, and {found}")
+    if r > (full := min(layer.weight.shape)):
+        raise ValueError(f"init_lora_weights {start!r} cannot give r={r} directions of {name}, which has {full}")
 
-    Half the trained numbers, but that is not the point: B's gradient needs A x alone, r numbers a token, so the layer
-    keeps its input x no longer. Raises ValueError for a model without LoRA layers.
-    """
-    layers = dict(lora_layers(model))
-    if not layers:
-        raise ValueError("the model has no LoRA layers; apply_lora(model, config) comes first")
-    for layer in layers.values():
-        layer.lora_A.requires_grad_(False)
-    return model
+
+@torch.no_grad()
+def start_layer(layer: LoRALinear, start: bool | str, directions: Tensor | None = None):
+    """Gives A and B of a new layer their first values. directions (r, in): for "eva", see `eva_directions`."""
+    if start == "gaussian":
+        nn.init.normal_(layer.lora_A, std=1 / layer.r)
+    elif start == "eva":
+        assert directions is not None, "eva starts from directions"
+        layer.lora_A.copy_(directions)
+    elif start in STARTS_FROM_WEIGHT:
+        W = layer.base_layer.weight.detach().to(layer.lora_A.dtype)
+        A, B = STARTS_FROM_WEIGHT[str(start)](W, layer.r, layer.scaling)
+        layer.lora_A.copy_(A)
+        layer.lora_B.copy_(B)
+        layer.start_A, layer.start_B = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
