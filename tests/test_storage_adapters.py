@@ -9,11 +9,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minilora.adapters.inject import apply_lora, disable_lora, lora_layers, merge_lora
-from minilora.lora import LoRAConfig
+from minilora.config import LoRAConfig
 from minilora.model import GPT, GPTConfig
 from minilora.storage import models
 from minilora.storage.adapters import load_adapter, save_adapter
-from minilora.storage.models import fingerprint
+from minilora.storage.fingerprint import fingerprint
 
 IDS = torch.arange(20).view(2, 10)
 SETTINGS = dict(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj", "down_proj"])
@@ -104,7 +104,10 @@ def test_the_files_are_those_of_peft(saved):
     tensors = load_file(saved / "adapter_model.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected
     with safe_open(saved / "adapter_model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt", "base_fingerprint": fingerprint(base())}
+        metadata, base_s = file.metadata(), fingerprint(base())
+    assert metadata.keys() == {"format", "base_fingerprint"} and metadata["format"] == "pt", metadata
+    noted = metadata["base_fingerprint"]
+    assert noted == base_s, f"the file notes another base than the one it was saved from: {noted}, not {base_s}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -221,12 +224,15 @@ def assert_refused(model: GPT, directory: Path, error: type[Exception], message:
     with pytest.raises(error, match=message):
         load_adapter(model, directory, **settings)
     after = state(model)
-    assert after["modules"] == before["modules"] and after["config"] == before["config"]
+    changed = [old[0] for old, new in zip(before["modules"], after["modules"], strict=True) if old != new]
+    assert not changed, f"refused, and yet {changed} were replaced by other modules or are in another mode"
+    assert after["config"] == before["config"], f"refused, and yet the config is {after['config']}"
     assert after["parameters"].keys() == before["parameters"].keys()
     for name, (identity, trained, values) in before["parameters"].items():
-        assert after["parameters"][name][:2] == (identity, trained) and torch.equal(
-            after["parameters"][name][2], values
-        )
+        now = after["parameters"][name]
+        assert now[0] == identity, f"refused, and yet {name} is another tensor"
+        assert now[1] == trained, f"refused, and yet requires_grad of {name} went from {trained} to {now[1]}"
+        assert torch.equal(now[2], values), f"refused, and yet {name} changed by {(now[2] - values).abs().max():.1e}"
 
 
 A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"

@@ -10,10 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minilora.adapters.inject import apply_lora, lora_layers, merge_lora, unmerge_lora
-from minilora.lora import LoRAConfig
+from minilora.config import LoRAConfig
 from minilora.model import GPT, GPTConfig
 from minilora.storage import models
-from minilora.storage.models import fingerprint, load_model, save_model
+from minilora.storage.fingerprint import fingerprint
+from minilora.storage.models import load_model, save_model
 
 LLAMA3 = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
@@ -89,7 +90,9 @@ def test_what_is_saved_is_loaded(tmp_path, changes):
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
     with torch.no_grad():
-        assert torch.equal(loaded(IDS), model(IDS))
+        assert torch.equal(loaded(IDS), model(IDS)), (
+            f"logits differ by up to {(loaded(IDS) - model(IDS)).abs().max():.3g}"
+        )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -198,7 +201,7 @@ def test_absent_key_value_heads_mean_all_heads(tmp_path):
 
 def test_old_rotary_buffers_are_ignored(saved):
     edit_tensors(saved, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}))
-    assert fingerprint(load_model(saved)) == fingerprint(tiny())
+    assert fingerprint(load_model(saved)) == fingerprint(tiny()), "what was saved is not what was loaded"
 
 
 def into_shards(directory: Path) -> dict:
@@ -364,7 +367,9 @@ def test_a_merged_model_is_saved_as_the_plain_model_it_is(tmp_path):
         save_model(model, tmp_path)
         loaded = load_model(tmp_path)
         assert list(loaded.state_dict()) == list(tiny().state_dict())
-        assert torch.equal(loaded(IDS), model(IDS))
+        assert torch.equal(loaded(IDS), model(IDS)), (
+            f"logits differ by up to {(loaded(IDS) - model(IDS)).abs().max():.3g}"
+        )
         difference = (loaded(IDS) - apart).abs().max().item()
     assert difference < 1e-10, f"merged and saved, the model differs from base and adapter apart by {difference:.3g}"
     assert all(layer.merged for _, layer in lora_layers(model)), "saving leaves the model as it is"
@@ -419,9 +424,9 @@ def test_a_kill_never_pairs_new_weights_with_an_old_config(tmp_path, monkeypatch
         assert step != "write_safetensors", "while the weights are being written the old model stays whole"
     else:
         whole = next(model for model in (old, new) if model.config == loaded.config)
-        assert fingerprint(loaded) == fingerprint(whole)
+        assert fingerprint(loaded) == fingerprint(whole), "the shards are not the whole model"
     save_model(new, tmp_path)
-    assert fingerprint(load_model(tmp_path)) == fingerprint(new)
+    assert fingerprint(load_model(tmp_path)) == fingerprint(new), "the folder should hold the new model"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
@@ -432,7 +437,7 @@ def test_a_kill_never_pairs_new_weights_with_an_old_config(tmp_path, monkeypatch
 def test_the_fingerprint_is_of_the_base_with_and_without_lora(tied):
     model = tiny(tie_word_embeddings=tied)
     plain = fingerprint(model)
-    assert len(plain) == 64
+    assert len(plain) == 64, f"64 characters of SHA-256, not {len(plain)}: {plain}"
     lora(model)
     assert fingerprint(model) == plain, "applied"
     merge_lora(model)
@@ -453,7 +458,7 @@ def test_the_fingerprint_does_not_depend_on_the_number_of_threads():
         torch.set_num_threads(1)
         one = fingerprint(model)
         torch.set_num_threads(2)
-        assert fingerprint(model) == one
+        assert fingerprint(model) == one, "the same weights should have the same mark"
     finally:
         torch.set_num_threads(threads)
 

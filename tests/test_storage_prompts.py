@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 from test_storage_adapters import adapted, base, edit_config, edit_tensors, logits
 
 from minilora.adapters.prompts import PrefixTuning, SoftPrompt
-from minilora.quant import quantize_model
-from minilora.storage.adapters import base_quantization, save_adapter
-from minilora.storage.models import fingerprint
-from minilora.storage.prompts import load_prompt, method_of, save_prompt
+from minilora.linear4bit import quantize_model
+from minilora.quant import Quantization
+from minilora.storage.adapters import save_adapter
+from minilora.storage.fingerprint import fingerprint
+from minilora.storage.peft import base_quantization, peft_type
+from minilora.storage.prompts import load_prompt, save_prompt
 
 METHODS = {"PROMPT_TUNING": SoftPrompt, "PREFIX_TUNING": PrefixTuning}
 N, WIDTH = 5, {"PROMPT_TUNING": 16, "PREFIX_TUNING": 2 * 2 * 2 * 4}
@@ -74,8 +76,11 @@ def test_the_files_are_those_of_peft(saved, method):
         "prompt_embeddings": (torch.float32, (N, WIDTH[method]))
     }
     with safe_open(saved / WEIGHTS, "pt") as file:
-        assert file.metadata() == {"format": "pt", "base_fingerprint": fingerprint(base())}
-    assert method_of(saved) == method
+        metadata, base_s = file.metadata(), fingerprint(base())
+    assert metadata.keys() == {"format", "base_fingerprint"} and metadata["format"] == "pt", metadata
+    noted = metadata["base_fingerprint"]
+    assert noted == base_s, f"the file notes another base than the one it was saved from: {noted}, not {base_s}"
+    assert peft_type(saved) == method
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -122,10 +127,10 @@ def test_a_config_written_by_peft_is_read(saved, method):
 
 def test_the_note_of_a_base_in_four_bits(method, tmp_path):
     shape = dict(hidden_size=64, num_attention_heads=4)
-    prompt = trained(method, quantize_model(base(torch.float32, **shape), "nf4", double_quant=True))
+    prompt = trained(method, quantize_model(base(torch.float32, **shape), Quantization("nf4")))
     save_prompt(prompt, tmp_path)
-    assert base_quantization(tmp_path) == {"scheme": "nf4", "block_size": 64, "double_quant": True}
-    again = load_prompt(quantize_model(base(torch.float32, **shape), **base_quantization(tmp_path)), tmp_path)
+    assert base_quantization(tmp_path) == Quantization("nf4", block_size=64, double_quant=True)
+    again = load_prompt(quantize_model(base(torch.float32, **shape), base_quantization(tmp_path)), tmp_path)
     assert torch.equal(logits(again), logits(prompt))
     with pytest.raises(ValueError, match="another base"):
         load_prompt(base(torch.float32, **shape), tmp_path)
@@ -197,7 +202,7 @@ def test_damaged_and_missing_files_are_named(saved):
 
 def test_a_lora_folder_says_who_loads_it(tmp_path):
     save_adapter(adapted(), tmp_path)
-    assert method_of(tmp_path) == "LORA"
+    assert peft_type(tmp_path) == "LORA"
     assert_refused(tmp_path, "holds an adapter of LORA, .*; load_adapter loads it")
 
 

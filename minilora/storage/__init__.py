@@ -1,1 +1,1 @@
-"""What is kept on disk, as safetensors and JSON only: models, adapters, and the state of an unfinished training run."""
+"""The files on disk, safetensors and JSON only: models, adapters, and the state of an unfinished training run."""

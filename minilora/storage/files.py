@@ -12,7 +12,7 @@ file from a stranger can do no more than be wrong. Reading checks for that and s
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,11 +34,11 @@ def make_folder(path: str | Path):
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path to write a new file to; on leaving, what was written there becomes `path`.
+    """Gives a temporary path to write a new file to; on leaving, the file written there becomes `path`.
 
     Missing folders are made. The temporary file lies in a folder of its own beside `path`, which is removed at the
-    end, after an error too; then the old file stays as it was. What a killed run left behind goes with the next
-    write, so two programs must not write the same file at once. Raises ValueError where it cannot be written.
+    end. After an error the old file is as it was. The leftovers of a killed run go with the next write, so two
+    programs must not write the same file at once. Raises ValueError where the file cannot be written.
     """
     path = Path(path)
     folder = path.with_name(f".{path.name}.tmp")  # in the same folder: a rename across file systems is a copy
@@ -64,30 +64,23 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: di
 
     Two names must not share one memory (tied weights): write such a tensor under one name only.
     """
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
 
 def write_json(path: str | Path, value: dict):
     """Writes a dictionary as indented UTF-8 JSON. ValueError if it holds NaN or infinity, which JSON does not have."""
-    try:
+    with naming(f"cannot write {path} as JSON"):
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    except ValueError as error:
-        raise ValueError(f"cannot write {path} as JSON: {error}") from error
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: str | Path) -> dict:
     """Reads a JSON file that holds one object. FileNotFoundError if there is none, ValueError if it is not that."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    check_file(path)
+    with naming(f"{path} is not valid JSON"):
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, where an object with named fields is expected")
     return value
@@ -99,10 +92,38 @@ def open_safetensors(path: str | Path) -> safe_open:
 
     Raises FileNotFoundError if there is none, and ValueError if the file is truncated or its header does not fit it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+    check_file(path)
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); write or download it again") from error
+
+
+@contextmanager
+def naming(what: str | Path) -> Iterator[None]:
+    """Puts what a ValueError is about, such as a file, in front of its message."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def check_file(path: str | Path):
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_tensors(where: str | Path, expected: Mapping[str, tuple], found: Mapping[str, tuple]):
+    """Raises ValueError unless both hold the same names with the same shapes; every difference is named."""
+    missing = [f"{name} {shape}" for name, shape in expected.items() if name not in found]
+    extra = [f"{name} {shape}" for name, shape in found.items() if name not in expected]
+    both = sorted(expected.keys() & found.keys())
+    wrong = [f"{key}: expected {expected[key]}, found {found[key]}" for key in both if expected[key] != found[key]]
+    faults = {"missing": missing, "not expected": extra, "of the wrong shape": wrong}
+    problems = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names)
+    if problems:
+        raise ValueError(f"{where} does not hold the tensors that it should: {problems}")

@@ -1,4 +1,4 @@
-"""A 4-bit layer on disk, in bitsandbytes' layout: what stands where a float checkpoint has one `weight`.
+"""A 4-bit layer on disk, in bitsandbytes' layout: these tensors in place of a float checkpoint's one `weight`.
 
     weight                                 uint8 (n/2, 1)   two codes in each byte
     weight.absmax                          float32 (N,)     the scales, or uint8 under double quantization
@@ -20,19 +20,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minilora.dtypes import DTYPES, dtype_name
 from minilora.levels import LEVELS, SCALE_LEVELS
-from minilora.quant import SCALE_BLOCK, Linear4bit, QuantizedTensor, check_settings, stored_shapes
+from minilora.linear4bit import Linear4bit
+from minilora.quant import SCALE_BLOCK, Quantization, QuantizedTensor, stored_shapes
 
 STATE = {"nf4": "quant_state.bitsandbytes__nf4", "fp4": "quant_state.bitsandbytes__fp4"}
 STATE["int4"] = "quant_state.minilora__int4"
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
-DTYPES["float64"] = torch.float64
 
 
 def quantized_parts(names: list[str]) -> dict[str, list[str]]:
     """The layers that these tensors hold in 4 bits, each with the names of its tensors."""
     ends = tuple(f".weight.{state}" for state in STATE.values())
-    parts = {name.rpartition(".weight.quant_state.")[0]: [] for name in names if name.endswith(ends)}
+    layers = [name.rpartition(".weight.quant_state.")[0] for name in names if name.endswith(ends)]
+    parts: dict[str, list[str]] = {layer: [] for layer in layers}
     for name in names:
         layer, _, rest = name.partition(".weight")
         if layer in parts and (not rest or rest.startswith(".")):
@@ -43,18 +44,14 @@ def quantized_parts(names: list[str]) -> dict[str, list[str]]:
 def layer_tensors(name: str, layer: Linear4bit) -> dict[str, Tensor]:
     """The layer's weight as it is written, by full name; the bias is an ordinary tensor and not among them."""
     quantized = layer.quantized
-    state = {
-        "quant_type": quantized.scheme,
-        "blocksize": quantized.block_size,
-        "dtype": str(quantized.dtype).removeprefix("torch."),
-        "shape": list(quantized.shape),
-    }
+    state: dict[str, object] = {"quant_type": quantized.scheme, "blocksize": quantized.block_size}
+    state |= {"dtype": dtype_name(quantized.dtype), "shape": list(quantized.shape)}
     tensors = {
         "weight": quantized.codes[:, None],
         "weight.absmax": quantized.scales,
         "weight.quant_map": LEVELS[quantized.scheme].clone(),  # two names in a file must not share one memory
     }
-    if quantized.nested_scales is not None:
+    if quantized.nested_scales is not None and quantized.nested_offset is not None:
         offset = quantized.nested_offset.item()
         state |= {"nested_blocksize": SCALE_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
         tensors |= {"weight.nested_absmax": quantized.nested_scales, "weight.nested_quant_map": SCALE_LEVELS.clone()}
@@ -62,7 +59,7 @@ def layer_tensors(name: str, layer: Linear4bit) -> dict[str, Tensor]:
     return {f"{name}.{key}": tensor for key, tensor in tensors.items()}
 
 
-def read_layer(tensors: dict[str, Tensor], shape: tuple[int, int]) -> QuantizedTensor:
+def read_layer(tensors: dict[str, Tensor], shape: tuple[int, ...]) -> QuantizedTensor:
     """The weight of one layer from its tensors, named as above. shape: (out, in), as the model has it.
 
     Raises ValueError, one sentence without the layer's name, for tensors that are missing or too many, a quant state
@@ -73,45 +70,44 @@ def read_layer(tensors: dict[str, Tensor], shape: tuple[int, int]) -> QuantizedT
     state = read_state(tensors[key], key, shape)
     nested = "nested_blocksize" in state
     needed = {"weight", "weight.absmax", "weight.quant_map", key}
-    needed |= {"weight.nested_absmax", "weight.nested_quant_map"} if nested else set()
+    if nested:
+        needed |= {"weight.nested_absmax", "weight.nested_quant_map"}
     if missing := sorted(needed - tensors.keys()):
         raise ValueError(f"lacks {', '.join(missing)}")
     if extra := sorted(tensors.keys() - needed):
-        raise ValueError(f"has {', '.join(extra)}, which its quant state does not speak of")
+        raise ValueError(f"has {', '.join(extra)}, which its quant state does not mention")
     maps = {"weight.quant_map": LEVELS[state["quant_type"]], "weight.nested_quant_map": SCALE_LEVELS}
     for name in maps.keys() & tensors.keys():
-        found = tensors[name].float().cpu()
-        if found.shape != maps[name].shape or not torch.allclose(found, maps[name], rtol=0, atol=1e-6):
+        levels = tensors[name].float().cpu()
+        if levels.shape != maps[name].shape or not torch.allclose(levels, maps[name], rtol=0, atol=1e-6):
             raise ValueError(f"has a {name} with other levels than those of {state['quant_type']}")
 
+    scheme, block_size, dtype = state["quant_type"], state["blocksize"], DTYPES[state["dtype"]]
     found = {"codes": tensors["weight"].contiguous().view(-1).view(torch.uint8), "scales": tensors["weight.absmax"]}
     if nested:
         found["nested_scales"] = tensors["weight.nested_absmax"]
         found["nested_offset"] = torch.tensor(state["nested_offset"], device=tensors["weight"].device)
     names = {"codes": "weight", "scales": "weight.absmax", "nested_scales": "weight.nested_absmax"}
-    for field, (size, dtype) in stored_shapes(math.prod(shape), state["blocksize"], nested).items():
-        tensor, name = found[field], names.get(field, "nested_offset")
-        if tuple(tensor.shape) != size or tensor.dtype != dtype:
-            raise ValueError(
-                f"has a {name} of {tensor.numel()} values of {tensor.dtype}, where a weight of shape {shape} in blocks "
-                f"of {state['blocksize']} needs {math.prod(size)} of {dtype}"
-            )
+    for field, (size, kind) in stored_shapes(math.prod(shape), block_size, nested).items():
+        tensor, name = found[field], names.get(field, field)
+        if tuple(tensor.shape) != size or tensor.dtype != kind:
+            right = f"a weight of shape {tuple(shape)} in blocks of {block_size} needs {math.prod(size)} of {kind}"
+            raise ValueError(f"has a {name} of {tensor.numel()} values of {tensor.dtype}, where {right}")
         if not tensor.isfinite().all():
             raise ValueError(f"has a {name} with NaN or infinity in it")
-    dtype = DTYPES[state["dtype"]]
-    return QuantizedTensor(scheme=state["quant_type"], block_size=state["blocksize"], shape=shape, dtype=dtype, **found)
+    return QuantizedTensor(scheme=scheme, block_size=block_size, shape=shape, dtype=dtype, **found)
 
 
-def read_state(stored: Tensor, key: str, shape: tuple[int, int]) -> dict:
-    """The JSON of a quant state, checked."""
+def read_state(encoded: Tensor, key: str, shape: tuple[int, ...]) -> dict:
+    """The JSON of the quant state that is stored under `key`, checked. Raises ValueError as `read_layer` does."""
     try:
-        state = json.loads(bytes(stored.tolist()))
+        state = json.loads(bytes(encoded.tolist()))
         found = {name: state[name] for name in ("quant_type", "blocksize", "dtype", "shape")}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"has a {key} that is not the JSON it should be: {error!r}") from None
     if STATE.get(found["quant_type"]) != key.removeprefix("weight."):
         raise ValueError(f"has a {key} that says quant_type {found['quant_type']!r}")
-    check_settings(found["quant_type"], found["blocksize"])
+    Quantization(found["quant_type"], found["blocksize"])  # raises ValueError for values that we do not have
     if found["dtype"] not in DTYPES:
         raise ValueError(f"has dtype {found['dtype']!r} in its quant state; known: {', '.join(DTYPES)}")
     if found["shape"] != list(shape):
@@ -124,16 +120,16 @@ def read_state(stored: Tensor, key: str, shape: tuple[int, int]) -> dict:
 
 
 def quantization_settings(layer: Linear4bit, compute_dtype: torch.dtype) -> dict:
-    """What config.json says of a model with such layers, in transformers' words."""
-    if layer.scheme == "int4":
+    """The quantization_config of a model with such layers, in transformers' words."""
+    if layer.quantization.scheme == "int4":
         return {"quant_method": "minilora", "quant_type": "int4"}
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
-        "bnb_4bit_quant_type": layer.scheme,
-        "bnb_4bit_use_double_quant": layer.double_quant,
-        "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "bnb_4bit_quant_type": layer.quantization.scheme,
+        "bnb_4bit_use_double_quant": layer.quantization.double_quant,
+        "bnb_4bit_compute_dtype": dtype_name(compute_dtype),
         "bnb_4bit_quant_storage": "uint8",
     }
 
@@ -141,7 +137,6 @@ def quantization_settings(layer: Linear4bit, compute_dtype: torch.dtype) -> dict
 def check_quantization(settings, path: Path):
     """Raises ValueError for a quantization_config of another kind than the layout above."""
     settings = settings if isinstance(settings, dict) else {"quant_method": settings}
-    method, eight = settings.get("quant_method", "bitsandbytes"), settings.get("load_in_8bit")
-    if method not in ("bitsandbytes", "minilora") or eight:
-        kind = f"{method!r}{' in 8 bits' if eight else ''}"
-        raise ValueError(f"{path} has a quantization_config of {kind}; only bitsandbytes' 4 bits can be read")
+    method, bits = settings.get("quant_method", "bitsandbytes"), " in 8 bits" if settings.get("load_in_8bit") else ""
+    if method not in ("bitsandbytes", "minilora") or bits:
+        raise ValueError(f"{path} has a quantization_config of {method!r}{bits}; only bitsandbytes' 4 bits can be read")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minilora.storage.files import open_safetensors, write_safetensors
+from minilora.storage.files import check_tensors, open_safetensors, shapes_of, write_safetensors
 
 KIND = "minilora training state, version 1"
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter: a count and two moments
@@ -30,9 +30,9 @@ def save_training_state(
 
     history and settings: dictionaries that JSON can hold. Raises ValueError if the file cannot be written.
     """
-    tensors = state_tensors(model, optimizer)
-    metadata = {"kind": KIND, "step": step, "history": history, "settings": settings}
-    write_safetensors(path, tensors, {key: json.dumps(value) for key, value in metadata.items()})
+    notes = {"kind": KIND, "step": step, "history": history, "settings": settings}
+    metadata = {key: json.dumps(value) for key, value in notes.items()}
+    write_safetensors(path, state_tensors(model, optimizer), metadata)
 
 
 def load_training_state(path: str | Path, model: nn.Module, optimizer: Optimizer, settings: dict) -> tuple[int, dict]:
@@ -51,13 +51,17 @@ def load_training_state(path: str | Path, model: nn.Module, optimizer: Optimizer
         step, history, old = (json.loads(metadata[key]) for key in ("step", "history", "settings"))
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged: its header lacks the step, the history or the settings") from error
-    check_settings(path, old, json.loads(json.dumps(settings)))  # through JSON, where a tuple becomes a list
-    check_tensors(path, saved, state_tensors(model, optimizer))
+    check_same_settings(path, old, json.loads(json.dumps(settings)))  # through JSON, where a tuple becomes a list
+    needed = state_tensors(model, optimizer)
+    check_tensors(path, shapes_of(needed), shapes_of(saved))
+    for name, tensor in needed.items():
+        if saved[name].dtype != tensor.dtype:
+            raise ValueError(f"{path} holds {name} as {saved[name].dtype}, where {tensor.dtype} is needed")
 
-    for name, parameter in trainable(model).items():
+    names = {parameter: name for name, parameter in trainable(model).items()}
+    for parameter, name in names.items():
         parameter.data.copy_(saved[f"parameters/{name}"])
     # load_state_dict numbers the parameters in the order of the groups, and moves each moment to its device.
-    names = {parameter: name for name, parameter in trainable(model).items()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     moments = [{key: saved[f"optimizer/{name}/{key}"].clone() for key in ADAM_STATE} for name in ordered]
     optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(enumerate(moments))})
@@ -83,45 +87,24 @@ def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     for name, parameter in trainable(model).items():
         tensors[f"parameters/{name}"] = parameter.data
         state = optimizer.state.get(parameter)
-        if not state:
-            # AdamW makes its moments at the first step. Before that they are zero, and written as such, so that the
-            # names in the file follow from the model alone.
-            zeros = torch.zeros_like(parameter.data)
-            state = {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-        for key in ADAM_STATE:
-            tensors[f"optimizer/{name}/{key}"] = state[key]
+        if not state:  # AdamW makes it at the first step; written as zeros, the names in the file are always the same
+            state = {key: torch.zeros_like(parameter.data) for key in ADAM_STATE} | {"step": torch.tensor(0.0)}
+        tensors |= {f"optimizer/{name}/{key}": state[key] for key in ADAM_STATE}
     tensors["random/cpu"] = torch.get_rng_state()
     if random_module(model) is not None:
         tensors["random/device"] = random_module(model).get_rng_state()
     return tensors
 
 
-def check_settings(path: str | Path, old: dict, new: dict):
-    different = [
-        f"{key} was {old.get(key, 'not set')} and is now {new.get(key, 'not set')}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
+def check_same_settings(path: str | Path, old: dict, new: dict):
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    different = [f"{key} was {old.get(key, 'not set')} and is now {new.get(key, 'not set')}" for key in keys]
     if different:
         raise ValueError(f"{path} was written by a run with other settings: {'; '.join(different)}")
 
 
-def check_tensors(path: str | Path, saved: dict[str, Tensor], needed: dict[str, Tensor]):
-    missing, extra = sorted(needed.keys() - saved.keys()), sorted(saved.keys() - needed.keys())
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}")
-    if extra:
-        raise ValueError(f"{path} holds {', '.join(extra)}, which this model does not train")
-    for name, tensor in needed.items():
-        if (saved[name].shape, saved[name].dtype) != (tensor.shape, tensor.dtype):
-            raise ValueError(
-                f"{path} holds {name} as {saved[name].dtype} of shape {tuple(saved[name].shape)}, "
-                f"where {tensor.dtype} of shape {tuple(tensor.shape)} is needed"
-            )
-
-
 def run_identity(model: nn.Module, data, optimizer: Optimizer) -> dict:
-    """What else decides a run besides its config and its state, small enough to be kept among the settings.
+    """All that decides a run besides its config and its state, small enough to be kept among the settings.
 
     data: anything with tensors `.input_ids` and `.labels`.
     """
@@ -138,10 +121,10 @@ def run_identity(model: nn.Module, data, optimizer: Optimizer) -> dict:
 def digest(tensors: dict[str, Tensor]) -> str:
     """sha256 over names, types, shapes and every byte: equal digests mean equal tensors.
 
-    It reads each byte once: about a second for each gigabyte, paid once per run and not at each save.
+    About a second for each gigabyte, paid once per run and not at each save.
     """
     total = hashlib.sha256()
     for name, tensor in tensors.items():
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()[:16]

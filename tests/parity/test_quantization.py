@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from minilora import load_adapter, load_model, lora_layers, quant, save_model
+from minilora import linear4bit, load_adapter, load_model, lora_layers, quant, save_model
 from minilora.levels import LEVELS, SCALE_LEVELS
-from minilora.storage.models import fingerprint
+from minilora.storage.fingerprint import fingerprint
 
 REASON = "held against transformers, peft and bitsandbytes, which `pip install -e '.[parity]'` installs"
 bitsandbytes = pytest.importorskip("bitsandbytes", reason=REASON)
@@ -122,7 +122,7 @@ def test_transformers_and_we_read_each_other(quantized, tmp_path, assert_same_lo
     """What they wrote, what we write of that, and what we quantized ourselves."""
     theirs = quantized(scheme, double_quant)
     ours = load_model(theirs)
-    assert len(quant.quantized_layers(ours)) == 14
+    assert len(linear4bit.quantized_layers(ours)) == 14
     assert_same_logits("float32 logits in 4 bits", ours, in_floats(theirs), 1e-5)
     save_model(ours, tmp_path / "back")
     expected, found = (load_file(folder / "model.safetensors") for folder in (theirs, tmp_path / "back"))
@@ -133,7 +133,7 @@ def test_transformers_and_we_read_each_other(quantized, tmp_path, assert_same_lo
     expected, found = (config["quantization_config"].items() for config in settings)
     assert found <= expected, f"{dict(found)} is not what transformers says, {dict(expected)}"
     assert_same_logits("float32 logits of our file in 4 bits", ours, in_floats(tmp_path / "back"), 1e-5)
-    own = load_model(tmp_path / "floats", quantize_to=scheme, double_quant=double_quant)
+    own = load_model(tmp_path / "floats", quantization=quant.Quantization(scheme, double_quant=double_quant))
     assert double_quant or fingerprint(own) == fingerprint(ours)  # see the note on their codes of scales above
     save_model(own, tmp_path / "own")
     assert_same_logits("float32 logits of our own 4 bits", own, in_floats(tmp_path / "own"), 1e-5)
@@ -159,7 +159,7 @@ def test_a_step_of_qlora_has_the_same_gradients(quantized, tmp_path, ids, assert
     for name, layer in lora_layers(ours):
         peer = theirs.base_model.model.get_submodule(name)
         assert isinstance(peer.base_layer, bitsandbytes.nn.Linear4bit) and isinstance(
-            layer.base_layer, quant.Linear4bit
+            layer.base_layer, linear4bit.Linear4bit
         )
         for part, parameter in layer.named_parameters(recurse=False):
             found, expected = parameter.grad, getattr(peer, part).default.weight.grad

@@ -109,7 +109,7 @@ def test_left_padding_equals_transformers_with_mask_and_positions(both, assert_c
         else:
             settings = dict(attention_mask=mask, position_ids=positions[:, N:], past_key_values=front)
             expected = base(tokens, **settings).logits
-        found = prompt(tokens, prompt.new_cache(3, padding))
+        found = prompt(tokens, prompt.new_cache(3, ~real))
     for row, pad in enumerate(padding.tolist()):
         assert_close(f"float32 logits of the row with {pad} pad tokens", found[row, pad:], expected[row, pad:], BAR)
 
