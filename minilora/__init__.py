@@ -1,11 +1,15 @@
-"""minilora: LoRA and what stands around it, from scratch, in plain PyTorch.
+"""minilora: LoRA and everything around it, from scratch, in plain PyTorch.
 
-Start reading at `model.py` (the transformer), `lora.py` (the layer), `quant.py` (four bits), `train.py` (the loop) and
+Start reading at `lora.py` (the layer), `model.py` (the transformer), `train.py` (the loop), `quant.py` (four bits) and
 `memory.py` (where the bytes go). `python -m minilora` runs the comparison that the rest explains.
+
+`from minilora import ...` gives every name in the list below. A name of the list never hides a module, so the function
+`train` is imported from the module of the same name: `from minilora.train import train`.
 """
 
 from minilora.adapters.inject import (
     adapter_parameters,
+    apply_loftq,
     apply_lora,
     count_parameters,
     disable_lora,
@@ -15,19 +19,20 @@ from minilora.adapters.inject import (
     unmerge_lora,
 )
 from minilora.adapters.prompts import PrefixTuning, SoftPrompt
-from minilora.adapters.starts import apply_loftq, eva_start, freeze_A
-from minilora.adapters.variants import loraplus_groups
+from minilora.adapters.variants import freeze_A, loraplus_groups
+from minilora.config import LoRAConfig
 from minilora.experiments.simulate import MemoryReport, simulate
 from minilora.inference.bank import AdapterBank
 from minilora.inference.generate import generate
-from minilora.lora import LoRAConfig, LoRALinear
+from minilora.lora import LoRALinear
 from minilora.memory import MemoryMeter
 from minilora.model import GPT, GPTConfig
+from minilora.quant import Quantization
 from minilora.storage.adapters import load_adapter, save_adapter
 from minilora.storage.models import load_model, save_model
 from minilora.storage.prompts import load_prompt, save_prompt
 from minilora.text.tokenizer import Tokenizer
-from minilora.train import TrainConfig, train
+from minilora.train_settings import TrainConfig
 
 __all__ = [
     "AdapterBank",
@@ -38,6 +43,7 @@ __all__ = [
     "MemoryMeter",
     "MemoryReport",
     "PrefixTuning",
+    "Quantization",
     "SoftPrompt",
     "Tokenizer",
     "TrainConfig",
@@ -46,7 +52,6 @@ __all__ = [
     "apply_lora",
     "count_parameters",
     "disable_lora",
-    "eva_start",
     "freeze_A",
     "generate",
     "load_adapter",
@@ -60,6 +65,5 @@ __all__ = [
     "save_model",
     "save_prompt",
     "simulate",
-    "train",
     "unmerge_lora",
 ]

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from minilora import GPT, GPTConfig, load_model, save_model
 from minilora.__main__ import main, targets_of
-from minilora.experiments.finetune import BASE
-from minilora.quant import quantized_layers
-from minilora.storage.adapters import base_quantization
+from minilora.experiments.run import BASE
+from minilora.linear4bit import quantized_layers
+from minilora.quant import Quantization
+from minilora.storage.peft import base_quantization
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +125,9 @@ def test_qlora_from_training_to_a_merged_model(tiny, text, tmp_path, capsys):
     adapter, merged = str(tmp_path / "adapter"), str(tmp_path / "merged")
     common = ["--base", tiny, "--data", text, "--sequence-length", 32, "--method", "qlora", "--scheme", "fp4"]
     assert main(["finetune", *small(*common, "--block-size", 32, "--out", adapter)]) == 0
-    assert base_quantization(adapter) == {"scheme": "fp4", "block_size": 32, "double_quant": True}
+    assert base_quantization(adapter) == Quantization("fp4", 32), (
+        f"not what was asked for: {base_quantization(adapter)}"
+    )
     ask = ["generate", "--base", str(tiny), "--adapter", adapter, "The quick brown", "--max-new-tokens", "12"]
     capsys.readouterr()
     assert main(ask) == 0
@@ -143,12 +146,13 @@ def test_qlora_from_training_to_a_merged_model(tiny, text, tmp_path, capsys):
 def test_a_base_in_4_bits_on_disk(tiny, text, tmp_path, capsys):
     """It is fine-tuned with qlora as it stands, and refused for full fine-tuning with the reason."""
     base = tmp_path / "base"
-    save_model(load_model(tiny, quantize_to="int4", block_size=16), base)
+    save_model(load_model(tiny, quantization=Quantization("int4", 16)), base)
     shutil.copyfile(tiny / "tokenizer.model", base / "tokenizer.model")
     common = ["--base", base, "--data", text, "--sequence-length", 32, "--out", tmp_path / "out"]
     fails(capsys, ["finetune", *common, "--method", "full"], "4 bits", "no gradient", "qlora")
     assert main(["finetune", *small(*common, "--method", "qlora")]) == 0
-    assert base_quantization(tmp_path / "out") == {"scheme": "int4", "block_size": 16, "double_quant": True}
+    noted = base_quantization(tmp_path / "out")
+    assert noted == Quantization("int4", 16), f"the base on disk is int4 in blocks of 16, and the adapter says {noted}"
     assert main(["generate", "--base", str(base), "--adapter", str(tmp_path / "out"), "The quick brown"]) == 0
     assert main(["evaluate", "--base", str(tiny), "--quantize", "nf4", "--count", "2"]) == 0
 
@@ -343,7 +347,7 @@ def test_settings_that_cannot_work(tiny, text, tmp_path, capsys):
 def test_resume_without_a_state_and_from_another_configuration(tiny, text, tmp_path, capsys, monkeypatch):
     run = ["finetune", *small("--base", tiny, "--data", text, "--sequence-length", 32, "--out", tmp_path)]
     fails(capsys, [*run, "--resume"], "nothing to resume")
-    monkeypatch.setattr("minilora.experiments.finetune.Run.save", stop)  # killed when the training is done
+    monkeypatch.setattr("minilora.experiments.run.Run.save", stop)  # killed when the training is done
     with pytest.raises(RuntimeError):
         main([*run, "--save-every", "2"])
     assert (tmp_path / "training_state.safetensors").exists()

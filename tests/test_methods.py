@@ -1,4 +1,4 @@
-"""Each method changes what it says and nothing else; the search for a learning rate finds the valley."""
+"""Each method changes what it says and nothing else."""
 
 import math
 
@@ -7,18 +7,27 @@ import torch
 
 from minilora import GPT, GPTConfig, LoRAConfig, TrainConfig, count_parameters, lora_layers
 from minilora.adapters.dora import DoRALinear
-from minilora.experiments import compare
-from minilora.experiments.compare import search, table
-from minilora.experiments.finetune import tuned_learning_rate
-from minilora.experiments.methods import LORA_CHANGES, METHODS, Extras, finish, prepare, training_options
-from minilora.quant import quantize_model, quantized_layers
+from minilora.experiments import methods
+from minilora.experiments.methods import (
+    EVA_ROWS,
+    LORA_CHANGES,
+    METHODS,
+    BaseFolder,
+    Experiment,
+    finish,
+    prepare,
+    training_options,
+)
+from minilora.linear4bit import quantize_model, quantized_layers
+from minilora.quant import Quantization
 from minilora.text.batches import Batches
-from minilora.train import NonFiniteError, evaluate_loss, train
+from minilora.text.datasets import Dataset
+from minilora.train import evaluate_loss, train
 
 CONFIG = GPTConfig(61, 16, 32, 2, 4, 2, max_position_embeddings=64)
 LORA = LoRAConfig(4, 8, target_modules="all-linear")
 IDS = torch.randint(61, (12, 16), generator=torch.Generator().manual_seed(1))
-EXTRAS = Extras(virtual_tokens=3, loraplus_ratio=4)
+DATA = Batches(IDS, IDS.clone())
 
 
 def plain():
@@ -26,24 +35,26 @@ def plain():
     return GPT(CONFIG)
 
 
-def prepared(method):
+def experiment(method, steps=6, rate=1e-2, data=DATA, lora=LORA) -> Experiment:
+    base, dataset = BaseFolder(None, None, "cpu"), Dataset("random", data, data, None, None, [])
+    training = TrainConfig(steps=steps, batch_size=4, learning_rate=rate)
+    return Experiment(base, dataset, method, training, lora, Quantization("int4", 16), 3, 4)
+
+
+def prepared(method, **options):
     base = plain()
     torch.manual_seed(1)
-    return prepare(base, method, LORA, extras=EXTRAS, input_ids=IDS)
-
-
-def config(steps=6, rate=1e-2):
-    return TrainConfig(steps=steps, batch_size=4, learning_rate=rate)
+    return prepare(base, experiment(method, **options))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_leaves_the_rest_alone(method):
     model = prepared(method)
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
-    settings, data = config(30, 0.3 if method in ("soft-prompt", "prefix") else 1e-2), Batches(IDS, IDS.clone())
-    options = training_options(model, method, LORA, settings)
-    before, _ = evaluate_loss(model, data, 12), train(model, data, settings, progress=False, **options)
-    after = evaluate_loss(model, data, 12)
+    whole = experiment(method, 30, 0.3 if method in ("soft-prompt", "prefix") else 1e-2)
+    options = training_options(model, whole)
+    before, _ = evaluate_loss(model, DATA, 12), train(model, DATA, whole.training, progress=False, **options)
+    after = evaluate_loss(model, DATA, 12)
     assert after < before - 0.02, f"nothing was learned: {before:.4f} before and {after:.4f} after"
     for name, parameter in model.named_parameters():
         if name in frozen:
@@ -51,7 +62,7 @@ def test_every_method_trains_and_leaves_the_rest_alone(method):
     if method != "full":
         assert frozen, "everything was trained"
     with torch.no_grad():
-        assert finish(model, method)(IDS).isfinite().all()
+        assert finish(model, whole)(IDS).isfinite().all(), "the logits hold NaN or infinity"
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "rslora", "lora+", "lora-fa", "eva", "adalora", "pissa", "olora"])
@@ -63,85 +74,94 @@ def test_lora_methods_start_as_the_base(method):
 
 def test_what_each_method_is():
     layers = {method: next(lora_layers(prepared(method)))[1] for method in LORA_CHANGES}
-    assert isinstance(layers["dora"], DoRALinear) and not isinstance(layers["lora"], DoRALinear)
-    assert layers["rslora"].scaling == pytest.approx(8 / math.sqrt(4)) and layers["lora"].scaling == 2
-    assert not layers["lora-fa"].lora_A.requires_grad and layers["lora-fa"].lora_B.requires_grad
-    assert layers["pissa"].lora_B.any() and layers["olora"].lora_B.any() and not layers["eva"].lora_B.any()
-    assert not torch.equal(layers["eva"].lora_A, layers["lora"].lora_A)
-    assert layers["adalora"].r == 6 and layers["adalora"].scaling == 2
+    scaling = {method: layer.scaling for method, layer in layers.items()}
+    expected = dict.fromkeys(LORA_CHANGES, 2) | {"rslora": pytest.approx(8 / math.sqrt(4))}
+    assert scaling == expected, f"alpha / r is 2, for rslora alpha / sqrt(r), for adalora as for lora: {scaling}"
+    ranks = {method: layer.r for method, layer in layers.items()}
+    assert ranks == dict.fromkeys(LORA_CHANGES, 4) | {"adalora": 6}, f"adalora begins with half as many again: {ranks}"
+    odd = next(lora_layers(prepared("adalora", lora=LoRAConfig(3, 6, target_modules="all-linear"))))[1]
+    assert (odd.r, odd.scaling) == (5, pytest.approx(2)), f"3 and half of it rounded up, at 2: {odd.r}, {odd.scaling}"
+    assert isinstance(layers["dora"], DoRALinear) and not isinstance(layers["lora"], DoRALinear), (
+        f"{type(layers['dora'])} and {type(layers['lora'])}"
+    )
+    assert not layers["lora-fa"].lora_A.requires_grad and layers["lora-fa"].lora_B.requires_grad, (
+        "LoRA-FA trains B and not A"
+    )
+    assert layers["pissa"].lora_B.any() and layers["olora"].lora_B.any() and not layers["eva"].lora_B.any(), (
+        "of these only EVA starts with B = 0"
+    )
+    assert not torch.equal(layers["eva"].lora_A, layers["lora"].lora_A), "EVA's A is the random one"
     for method in LORA_CHANGES:
-        assert bool(quantized_layers(prepared(method))) == (method in ("qlora", "loftq")), method
+        found = {layer.quantization for layer in quantized_layers(prepared(method)).values()}
+        wanted = {Quantization("int4", 16)} if method in ("qlora", "loftq") else set()
+        assert found == wanted, f"{method} should hold its base in {wanted}, not {found}"
+        trained = {n.rpartition("lora_")[1] for n, p in prepared(method).named_parameters() if p.requires_grad}
+        assert trained == {"lora_"}, f"{method} trains the adapter and nothing else"
 
 
 def test_loraplus_gives_B_the_faster_rate():
     model = prepared("lora+")
-    slow, fast = training_options(model, "lora+", LORA, config(), EXTRAS)["parameter_groups"]
-    assert (slow["lr"], fast["lr"]) == (1e-2, pytest.approx(4e-2))
-    assert {id(p) for p in fast["params"]} == {id(layer.lora_B) for _, layer in lora_layers(model)}
+    slow, fast = training_options(model, experiment("lora+"))["parameter_groups"]
+    rates = slow["lr"], fast["lr"]
+    assert rates == (1e-2, pytest.approx(4e-2)), f"A should learn at 0.01 and B four times as fast, not at {rates}"
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(parameter)] for parameter in fast["params"]}
+    expected = {name for name in names.values() if "lora_B" in name}
+    assert found == expected, f"B of every layer is fast, and nothing else; too many or missing: {found ^ expected}"
 
 
 def test_adalora_ends_with_the_ranks_of_lora():
-    model, settings = prepared("adalora"), config(40)
-    options = training_options(model, "adalora", LORA, settings)
-    train(model, Batches(IDS, IDS.clone()), settings, progress=False, **options)
-    ranks = [layer.r for _, layer in lora_layers(finish(model, "adalora"))]
-    assert sum(ranks) == 4 * len(ranks) and len(set(ranks)) > 1, ranks
+    model, whole = prepared("adalora"), experiment("adalora", 40)
+    train(model, DATA, whole.training, progress=False, **training_options(model, whole))
+    ranks = [layer.r for _, layer in lora_layers(finish(model, whole))]
+    assert sum(ranks) == 4 * len(ranks), f"LoRA has {4 * len(ranks)} ranks in all, and here are {sum(ranks)}: {ranks}"
+    assert len(set(ranks)) > 1, f"every layer ended with the same rank: {ranks}"
+
+
+@pytest.mark.parametrize("steps, first, last", [(100, 10, 50), (5, 0, 2), (1, 0, 1)])
+def test_adalora_moves_ranks_from_a_tenth_to_half_of_the_run(monkeypatch, steps, first, last):
+    asked = []
+    monkeypatch.setattr(methods, "RankAllocator", lambda model, *plan: asked.append(plan))
+    model = prepared("adalora")
+    training_options(model, experiment("adalora", steps))
+    expected = (4 * 14, first, last)  # of 7 linears in 2 layers
+    assert asked == [expected], f"ranks in all, first and last step of {steps} should be {expected}, not {asked}"
+
+
+def test_eva_looks_at_the_first_rows_of_the_training_data(monkeypatch):
+    ids = torch.randint(61, (EVA_ROWS + 9, 8), generator=torch.Generator().manual_seed(2))
+    seen, apply_lora = [], methods.apply_lora
+    monkeypatch.setattr(methods, "apply_lora", lambda *words: seen.append(words[2]) or apply_lora(*words))
+    prepared("eva", data=Batches(ids, ids.clone()))
+    assert torch.equal(seen[0], ids[:64]), f"64 rows of the training data, not {tuple(seen[0].shape)}"
 
 
 def test_prompts_train_what_their_length_says():
     C, layers, kv = 16, 2, 2 * 2 * 4  # keys and values, 2 heads of 4
-    assert count_parameters(prepared("soft-prompt"))[0] == 3 * C
-    assert count_parameters(prepared("prefix"))[0] == 3 * layers * kv
+    for method, expected in (("soft-prompt", 3 * C), ("prefix", 3 * layers * kv)):
+        found = count_parameters(prepared(method))[0]
+        assert found == expected, f"{method} of 3 tokens trains {expected} numbers, not {found}"
+
+
+def test_a_soft_prompt_starts_from_the_first_row():
+    start = prepared("soft-prompt")
+    (trained,) = [parameter for parameter in start.parameters() if parameter.requires_grad]
+    expected = plain().model.embed_tokens.weight[IDS[0, :3]]
+    off = (trained.view_as(expected) - expected).abs().max().item()
+    assert off == 0, f"it should start as the embeddings of the first tokens, and is off by up to {off:.3g}"
+
+
+def test_a_base_in_4_bits_is_taken_as_it_is():
+    stored = Quantization("fp4", 32, False)
+    model = prepare(quantize_model(plain(), stored), experiment("qlora"))
+    found = {layer.quantization for layer in quantized_layers(model).values()}
+    assert found == {stored}, f"the base came as {stored}, and is {found}"
 
 
 def test_refusals():
     with pytest.raises(ValueError, match="unknown method 'magic'; known: full, lora"):
-        prepare(plain(), "magic", LORA)
+        experiment("magic")
     with pytest.raises(ValueError, match="4 bits"):
-        prepare(quantize_model(plain()), "full", LORA)
-    with pytest.raises(ValueError, match="eva.*training data"):
-        prepare(plain(), "eva", LORA)
+        prepare(quantize_model(plain()), experiment("full"))
     with pytest.raises(ValueError, match="pissa.*Linear4bit"):
-        prepare(quantize_model(plain()), "pissa", LORA)
-
-
-def test_every_method_has_a_tuned_rate():
-    for method in METHODS:
-        for data in ("json", "dialect"):
-            assert 0 < tuned_learning_rate(data, method) < 10
-    with pytest.raises(ValueError, match="'magic'.*--learning-rate"):
-        tuned_learning_rate("json", "magic")
-
-
-@pytest.mark.parametrize("valley", [1e-4, 1e-2, 1.0])
-def test_the_search_goes_on_until_both_neighbours_are_worse(valley):
-    losses = search(lambda rate: abs(math.log(rate / valley)), [3e-3, 1e-2, 3e-2])
-    best = min(losses, key=losses.get)
-    assert best == pytest.approx(valley, rel=0.3) and min(losses) < best < max(losses), losses
-
-
-def test_a_diverged_neighbour_ends_the_search():
-    losses = search(lambda rate: None if rate > 0.02 else -rate, [3e-3, 1e-2, 3e-2])
-    assert losses == {3e-3: -3e-3, 1e-2: -1e-2, 3e-2: None}
-
-
-def test_a_grid_that_diverges_throughout_is_named(monkeypatch, tmp_path):
-    def diverge(*_, **__):
-        raise NonFiniteError("diverged")
-
-    monkeypatch.setattr(compare, "run", diverge)
-    monkeypatch.setattr(compare, "LEARNING_RATES", tmp_path / "rates.json")
-    with pytest.raises(ValueError, match="dora diverged at every rate.*0.003"):
-        compare.tune(None, None, ["dora"], LORA, 4, 2)
-    assert not (tmp_path / "rates.json").exists()
-
-
-def test_a_table_of_many_methods_comes_in_blocks():
-    row = {"seed": 0, "trainable_parameters": 1, "total_parameters": 2, "bits_per_weight": 32.0, "learning_rate": 0.1}
-    row |= {"seconds_per_step": 1.0, "best_validation_loss": 0.5, "score": 1.0, "artifact_bytes": 3, "step_ratio": 1.0}
-    row |= {"bytes": dict.fromkeys(("weights", "gradients", "optimizer", "activations", "peak"), 1)}
-    results = {"task": "t", "base": "b", "seeds": [0], "environment": {"device": "cpu", "torch": "2"}}
-    results |= {"loss_floor": None, "score_before": None, "runs": [row | {"method": method} for method in METHODS]}
-    text = table(results)
-    assert all(text.count(f" {method}\n") + text.count(f" {method} ") == 1 for method in METHODS), text
-    assert text.count("over full's") == 3 and max(map(len, text.splitlines())) <= 124
+        prepare(quantize_model(plain()), experiment("pissa"))

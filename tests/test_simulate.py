@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from minilora.adapters.inject import apply_lora
-from minilora.experiments.simulate import MemoryReport, count_base_parameters, simulate
-from minilora.lora import LoRAConfig
-from minilora.memory import KINDS, MemoryMeter
+from minilora.config import LoRAConfig
+from minilora.experiments.simulate import MemoryReport, bytes_in_4_bits, count_base_parameters, simulate
+from minilora.linear4bit import quantize_model, quantized_layers
+from minilora.memory import KINDS, Bytes, MemoryMeter
 from minilora.model import GPT, GPTConfig
-from minilora.quant import quantize_model
-from minilora.train import TrainConfig, make_optimizer, set_gradient_checkpointing, training_step
+from minilora.quant import Quantization
+from minilora.train import make_optimizer, set_gradient_checkpointing, training_step
+from minilora.train_settings import TrainConfig
 
 BASE = GPTConfig.preset("base", num_hidden_layers=3)  # six query heads, two key/value heads, tied embeddings
 B, T = 4, 96
@@ -46,7 +48,9 @@ def assert_same_bytes(report: MemoryReport, meter: MemoryMeter):
     for name in NAMES:
         error = simulated[name] / real[name] - 1
         assert abs(error) < 0.01, f"{name}: simulated {simulated[name]}, real {real[name]}, off by {error:.2%}"
-    assert abs(report.at_peak.total / meter.peak.total - 1) < 0.01
+    assert abs(report.at_peak.total / meter.peak.total - 1) < 0.01, (
+        f"at the peak: simulated {report.at_peak}, real {meter.peak}"
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -81,12 +85,16 @@ def test_formula_equals_simulation(method, dtype):
 def test_parameter_formula(tied, changes):
     config = GPTConfig.preset("base", num_hidden_layers=2, tie_word_embeddings=tied, **changes)
     counted = sum(parameter.numel() for parameter in GPT(config).parameters())
-    assert count_base_parameters(config) == counted
+    assert count_base_parameters(config) == counted, (
+        f"counted {counted}, the formula is off by {count_base_parameters(config) - counted}"
+    )
 
 
 def test_lora_has_few_gradients_and_little_state():
     full, lora = (simulate(BASE, method, B, T, dtype="float32") for method in ("full", "lora"))
-    assert lora.gradients + lora.optimizer < 0.03 * (full.gradients + full.optimizer)
+    assert lora.gradients + lora.optimizer < 0.03 * (full.gradients + full.optimizer), (
+        f"{lora.gradients + lora.optimizer} bytes, of full fine-tuning's {full.gradients + full.optimizer}"
+    )
     assert lora.activations < full.activations and lora.peak < full.peak
 
 
@@ -96,23 +104,27 @@ def test_qlora_stores_the_linears_in_4_bits_and_keeps_lora_s_activations():
     linears = BASE.num_hidden_layers * (2 * 192 * 192 + 2 * 192 * 64 + 3 * 192 * 512)
     saved = lora.weights - qlora.weights
     assert 0.99 < saved / (linears * (4 - 4.13 / 8)) < 1.01, f"{saved} bytes less of {4 * linears}"
-    plain = simulate(
-        BASE, "qlora", B, T, dtype="float32", quantization=dict(scheme="nf4", block_size=64, double_quant=False)
-    )
+    plain = simulate(BASE, "qlora", B, T, dtype="float32", quantization=Quantization(double_quant=False))
     assert 0.37 < 8 * (plain.weights - qlora.weights) / linears < 0.374, "0.373 bits a weight for scales in float32"
     assert abs(qlora.activations - lora.activations) <= 4 * 192 * 512, (qlora.activations, lora.activations)
-    assert (qlora.gradients, qlora.optimizer) == (lora.gradients, lora.optimizer)
-    assert qlora.total_parameters == lora.total_parameters
+    assert (qlora.gradients, qlora.optimizer) == (lora.gradients, lora.optimizer), (
+        f"lora's {lora.gradients} and {lora.optimizer}, not {qlora.gradients} and {qlora.optimizer}"
+    )
+    assert qlora.total_parameters == lora.total_parameters, (
+        f"{lora.total_parameters}, not {qlora.total_parameters}: a weight in 4 bits is one too"
+    )
 
 
 def test_lora_options_reach_the_layers():
     def lora(**options):
         return simulate(BASE, "lora", B, T, dtype="float32", **options)
 
-    assert lora(r=4).trainable_parameters * 2 == lora(r=8).trainable_parameters
+    assert lora(r=4).trainable_parameters * 2 == lora(r=8).trainable_parameters, "rank 8 trains twice as much as rank 4"
     everywhere = lora(target_modules="all-linear")
     each_layer = 8 * (2 * (192 + 192) + 2 * (192 + 64) + 3 * (192 + 512))  # r (in + out): q o, k v, the MLP's three
-    assert everywhere.trainable_parameters == BASE.num_hidden_layers * each_layer
+    assert everywhere.trainable_parameters == BASE.num_hidden_layers * each_layer, (
+        f"{BASE.num_hidden_layers * each_layer}, not {everywhere.trainable_parameters}"
+    )
     assert lora(lora_dropout=0.1).activations > lora().activations, "dropout keeps a mask for backward"
 
 
@@ -131,8 +143,15 @@ def test_activations_grow_with_tokens_and_not_with_their_square():
 
 def test_seven_billion_parameters_full():
     report = simulate("llama-2-7b", "full", batch_size=1, sequence_length=2048)
-    assert report.total_parameters == report.trainable_parameters == 6_738_415_616
-    assert report.weights == report.gradients == 2 * 6_738_415_616  # 12.55 GiB in bfloat16
+    assert report.total_parameters == report.trainable_parameters == 6_738_415_616, (
+        f"6,738,415,616 in all, not {report.total_parameters}"
+    )
+    assert report.weights == report.gradients == 2 * 6_738_415_616, (
+        f"{2 * 6738415616} bytes, not {report.weights} and {report.gradients}"
+    )  # 12.55 GiB in bfloat16
+    in_gib = [size / 2**30 for size in report.as_dict().values()]
+    expected = [12.55, 12.55, 25.10, 12.24, 50.22]  # as the README's table says
+    assert in_gib == pytest.approx(expected, rel=0.01), f"GiB of each kind and the peak: {expected}, not {in_gib}"
     assert 4 * report.weights < report.peak < 5 * report.weights, f"peak {report.peak / 2**30:.2f} GiB"
 
 
@@ -140,8 +159,12 @@ def test_lora_on_a_slice_of_seventy_billion():
     """Four of 80 layers at full width, batch 2: the shapes are real, the test is quick."""
     config = GPTConfig.preset("llama-2-70b", num_hidden_layers=4)
     report = simulate(config, "lora", batch_size=2, sequence_length=4096)
-    assert report.predicted["weights"] == report.weights
-    assert report.trainable_parameters == 4 * 8 * (8192 + 8192 + 8192 + 1024)  # r (in + out) of q and v, each layer
+    assert report.predicted["weights"] == report.weights, (
+        f"weights: formula {report.predicted['weights']}, simulated {report.weights}"
+    )
+    assert report.trainable_parameters == 4 * 8 * (8192 + 8192 + 8192 + 1024), (
+        f"not {report.trainable_parameters}"
+    )  # r (in + out) of q and v, each layer
     assert report.peak > report.weights + report.activations
 
 
@@ -149,6 +172,71 @@ def test_table_says_what_was_measured():
     table = simulate(BASE, "lora", 2, 32).table()
     for word in ("LoRA r=8 on q_proj, v_proj", "batch 2 x 32", "trainable params: ", "peak", "formula", "MiB", *KINDS):
         assert word in table, f"{word!r} is missing in\n{table}"
+
+
+def test_the_table_gives_each_number_its_own_column():
+    """Of a report made by hand, in which no two numbers are alike."""
+    kib = 2**10
+    report = MemoryReport(
+        title="A title",
+        trainable_parameters=125,
+        total_parameters=10_000,
+        weights=2 * kib,
+        gradients=3 * kib,
+        optimizer=4 * kib,
+        activations=5 * kib,
+        peak=45_000_000_000,
+        at_peak=Bytes(6 * kib, 7 * kib, 8 * kib, 9 * kib),
+        predicted={"weights": 10 * kib, "gradients": 11 * kib, "optimizer": 12 * kib},
+    )
+    expected = [
+        "A title",
+        "trainable params: 125 || all params: 10,000 || trainable%: 1.2500",
+        "",
+        "bytes of tensors formula simulated at the peak",
+        "weights 10.00 KiB 2.00 KiB 6.00 KiB",
+        "gradients 11.00 KiB 3.00 KiB 7.00 KiB",
+        "optimizer 12.00 KiB 4.00 KiB 8.00 KiB",
+        "activations - 5.00 KiB 9.00 KiB",
+        "peak - 41.91 GiB 30.00 KiB",
+        "",
+        "1 GiB is 1024 MiB or 1,073,741,824 bytes; the peak is 45.00 GB of 10^9 bytes.",
+    ]
+    found = [" ".join(line.split()) for line in report.table().splitlines()]
+    for line, right in zip(found, expected, strict=False):
+        assert line == right, f"expected {right!r}, got {line!r}"
+    assert len(found) == len(expected) + 1, found
+
+
+@pytest.mark.parametrize(
+    "options, title",
+    [
+        (dict(config="base", method="full"), "base, full fine-tuning, batch 1 x 8 tokens, bfloat16 weights"),
+        (
+            dict(method="lora", batch_size=2, dtype="float32", autocast=True, gradient_checkpointing=True, r=3),
+            "GPT, LoRA r=3 on q_proj, v_proj, batch 2 x 8 tokens, float32 weights, autocast, checkpointing",
+        ),
+        (
+            dict(method="qlora", target_modules="all-linear", quantization=Quantization("fp4")),
+            "GPT, QLoRA r=8 on all-linear, batch 1 x 8 tokens, fp4 linears, rest bfloat16",
+        ),
+    ],
+)
+def test_the_title_says_what_was_simulated(options, title):
+    found = simulate(**{"config": BASE, "sequence_length": 8, **options}).title
+    assert found == title, f"expected {title!r}, got {found!r}"
+
+
+def test_the_formula_of_4_bits_is_what_a_layer_stores():
+    """A head of its own, biases, an odd number of scales: the formula of 4 bits against what a layer stores."""
+    config = GPTConfig(64, 40, 56, 1, 4, 2, max_position_embeddings=16, attention_bias=True, mlp_bias=True)
+    for quantization in (Quantization("nf4", 64, True), Quantization("int4", 32, False), Quantization("fp4", 4096)):
+        report = simulate(config, "qlora", 1, 8, quantization=quantization, r=3)
+        off = report.weights - report.predicted["weights"]
+        assert off == 0, f"{quantization}: formula {report.predicted['weights']} bytes of weights, off by {off}"
+        layers = quantized_layers(quantize_model(GPT(config), quantization)).values()
+        real, found = sum(layer.quantized.nbytes for layer in layers), sum(map(bytes_in_4_bits, layers))
+        assert found == real, f"{quantization}: the linears are {real} bytes, the formula says {found}"
 
 
 def test_as_dict_has_the_names_of_results_json():
@@ -159,11 +247,6 @@ def test_as_dict_has_the_names_of_results_json():
     "arguments, sentence",
     [
         (dict(config="llama-9"), "unknown preset"),
-        (
-            dict(method="qlora", quantization=dict(scheme="nf5", block_size=64, double_quant=True)),
-            "unknown scheme 'nf5'",
-        ),
-        (dict(method="qlora", quantization=dict(scheme="nf4", block_size=48, double_quant=True)), "block_size is 48"),
         (dict(method="magic"), "unknown method 'magic'"),
         (dict(dtype="int3"), "unknown dtype 'int3'"),
         (dict(sequence_length=513), "513.*1 to 512"),

@@ -5,13 +5,13 @@ and for teachers `release OUT | grade DIR`.
 """
 
 import argparse
-import os
 import secrets
 import shutil
 import sys
 from itertools import zip_longest
 from pathlib import Path
 
+from minilora.command import run_command
 from minilora.exercises import attempts
 from minilora.exercises.catalog import EXERCISES
 from minilora.exercises.checking import Exercise
@@ -216,20 +216,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without Greek letters is no reason to fail
-    options = build_parser().parse_args(arguments)
-    try:
-        return options.run(options)
-    except BrokenPipeError:  # what reads the output, `head` perhaps, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return run_command(build_parser(), sys.argv[1:] if arguments is None else arguments)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """An adapter merged into its base for good, with the difference that this makes to the logits.
 
 On a float base merging is exact but for the last digits. On a base in 4 bits it is not: W + ΔW lies on none of the
-sixteen levels, and an update is mostly smaller than the step between two of them, so that rounding again loses much
-of what was trained. So the update is added to the dequantized weight and floats are written, eight times as large
-in float32; how much rounding again would have cost is measured and said. To stay in 4 bits, keep the adapter apart.
+sixteen levels, and an update is mostly smaller than the step between two of them. Rounding again would lose much of the
+training. So the update is added to the dequantized weight, and floats are written, eight times as large in float32; the
+report says how much rounding again would have cost. To stay in 4 bits, keep the adapter apart.
 """
 
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from minilora.adapters.inject import merge_lora
+from minilora.linear4bit import dequantize_model, quantize_model
 from minilora.model import GPT
-from minilora.quant import dequantize_model, quantize_model
-from minilora.storage.adapters import quantization_of
 from minilora.storage.models import save_model
+from minilora.storage.peft import quantization_of
 
 
 @dataclass
@@ -28,8 +28,8 @@ class MergeReport:
     rounded: float | None  # the same, had the merged weights been rounded to 4 bits again; None for a float base
 
     def text(self) -> str:
-        lines = [f"largest logit difference to base and adapter kept apart: {self.merged:.2g}"]
-        lines[0] += f" (the largest logit is {self.largest_logit:.3g})"
+        apart = f"largest logit difference to base and adapter kept apart: {self.merged:.2g}"
+        lines = [f"{apart} (the largest logit is {self.largest_logit:.3g})"]
         if self.rounded is not None:
             lines += [
                 f"with the merged weights rounded to 4 bits again: {self.rounded:.2g}",
@@ -55,13 +55,12 @@ def merge_adapter(model: GPT, out: Path) -> MergeReport:
     """
     quantization = quantization_of(model)
     model.eval()
-    apart = random_logits(model)
+    unmerged = random_logits(model)
     merge_lora(dequantize_model(model))
     merged = random_logits(model)
     save_model(model, out)
-    rounded = random_logits(quantize_model(model, **quantization)) if quantization else None
-    return MergeReport(
-        largest_logit=apart.abs().max().item(),
-        merged=(merged - apart).abs().max().item(),
-        rounded=None if rounded is None else (rounded - apart).abs().max().item(),
-    )
+    rounded = None
+    if quantization:
+        quantize_model(model, quantization)
+        rounded = (random_logits(model) - unmerged).abs().max().item()
+    return MergeReport(unmerged.abs().max().item(), (merged - unmerged).abs().max().item(), rounded)

@@ -1,27 +1,32 @@
-"""The methods that can be compared, each as what it changes: what is trainable, and where it starts.
+"""A method decides which parameters are trained, where they start, and how the base is stored.
 
-Three places, and nothing else of a run knows which method it is: `prepare` before training, `training_options` for
-what the loop is given, `finish` after it.
+The training loop does not know which method it runs: `prepare` acts before it, `training_options` are its arguments,
+`finish` acts after it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from minilora.adapters.allocate import RankAllocator, shrink
-from minilora.adapters.inject import apply_lora, lora_layers
-from minilora.adapters.prompts import PrefixTuning, SoftPrompt
-from minilora.adapters.starts import apply_loftq, eva_start, freeze_A
-from minilora.adapters.variants import loraplus_groups
-from minilora.experiments.simulate import QUANTIZATION
-from minilora.lora import LoRAConfig
+from minilora.adapters.inject import apply_loftq, apply_lora, lora_layers
+from minilora.adapters.prompts import PrefixTuning, Prompt, SoftPrompt
+from minilora.adapters.variants import freeze_A, loraplus_groups
+from minilora.config import LoRAConfig
+from minilora.linear4bit import quantize_model, quantized_layers
 from minilora.model import GPT
-from minilora.quant import quantize_model, quantized_layers
-from minilora.train import TrainConfig
+from minilora.quant import QLORA, Quantization
+from minilora.storage.models import load_model
+from minilora.text.datasets import Dataset
+from minilora.text.tokenizer import AnyTokenizer
+from minilora.train_settings import TrainConfig
 
 # By method, the fields of LoRAConfig in which it differs from plain LoRA. QLoRA and LoftQ differ in how the base is
 # stored, LoRA+, LoRA-FA and AdaLoRA in how A and B are trained.
-LORA_CHANGES = {
+LORA_CHANGES: dict[str, dict[str, Any]] = {
     "lora": {},
     "qlora": {},
     "loftq": {},
@@ -34,84 +39,102 @@ LORA_CHANGES = {
     "eva": {"init_lora_weights": "eva"},
     "adalora": {},
 }
-METHODS = ("full", *LORA_CHANGES, "soft-prompt", "prefix")
+PROMPT_METHODS: dict[str, type[Prompt]] = {"soft-prompt": SoftPrompt, "prefix": PrefixTuning}
+METHODS = ("full", *LORA_CHANGES, *PROMPT_METHODS)
 DEFAULT_METHODS = ("full", "lora", "qlora")
-IN_4_BITS = ("qlora", "loftq")
 EVA_ROWS = 64  # of the training data, whose activations tell where A starts
 
 
 @dataclass(frozen=True)
-class Extras:
-    """What single methods need besides LoRAConfig: the length of soft prompts and prefixes, and LoRA+'s ratio."""
+class BaseFolder:
+    """A base model's folder, loaded anew for every run, and its tokenizer."""
 
-    virtual_tokens: int = 16
-    loraplus_ratio: float = 16
+    directory: Path
+    tokenizer: AnyTokenizer
+    device: str
+
+    def load(self, quantization: Quantization | None = None) -> GPT:
+        """In float32, or with the block linears in 4 bits."""
+        return load_model(self.directory, torch.float32, self.device, quantization)
 
 
-def check_methods(methods: list[str] | tuple[str, ...]):
-    unknown = [method for method in methods if method not in METHODS]
-    if unknown:
-        raise ValueError(f"unknown method {unknown[0]!r}; known: {', '.join(METHODS)}")
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that decides one run. Raises ValueError for an unknown method."""
+
+    base: BaseFolder
+    dataset: Dataset
+    method: str
+    training: TrainConfig
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    quantization: Quantization = QLORA  # of the base, for qlora and loftq
+    virtual_tokens: int = 16  # of soft-prompt and prefix
+    loraplus_ratio: float = 16  # B's learning rate over A's
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}; known: {', '.join(METHODS)}")
+
+    @property
+    def method_settings(self) -> dict:
+        """The fields that the method depends on, as JSON holds them."""
+        method = self.method
+        settings: dict[str, Any] = {}
+        if method in LORA_CHANGES:
+            settings["lora"] = asdict(replace(self.lora, **LORA_CHANGES[method]))
+        if method in ("qlora", "loftq"):
+            settings["quantization"] = asdict(self.quantization)
+        if method == "lora+":
+            settings["loraplus_ratio"] = self.loraplus_ratio
+        if method in PROMPT_METHODS:
+            settings["virtual_tokens"] = self.virtual_tokens
+        return settings
 
 
-def prepare(
-    model: GPT,
-    method: str,
-    lora: LoRAConfig,
-    quantization: dict = QUANTIZATION,
-    extras: Extras | None = None,
-    input_ids: Tensor | None = None,
-) -> nn.Module:
-    """Makes a plain base trainable by one method: what is trained, and for qlora and loftq how the rest is stored.
+def prepare(model: GPT, experiment: Experiment) -> GPT | Prompt:
+    """Makes a plain base trainable by the experiment's method. A base that is in 4 bits already is taken as it is.
 
-    input_ids: rows of the training data, (N, T), from which eva starts, and soft-prompt and prefix (None: from random
-    tokens). A base that is in 4 bits already is taken as it is. Raises ValueError for an unknown method, for full
-    fine-tuning of a base in 4 bits, for eva without data, and for what the method itself refuses.
+    Raises ValueError for full fine-tuning of a base in 4 bits, and for all that the method itself refuses.
     """
-    check_methods([method])
-    if method == "eva" and input_ids is None:
-        raise ValueError("method eva starts from the training data; give its input_ids")
-    extras, in_4_bits = extras or Extras(), bool(quantized_layers(model))
+    method, in_4_bits = experiment.method, bool(quantized_layers(model))
+    input_ids = experiment.dataset.train.input_ids.to(experiment.base.device)  # (N, T)
     if method == "full":
         if in_4_bits:
+            fault = "its codes are whole numbers, which have no gradient and on which a small step rounds away"
             raise ValueError(
-                "method full cannot train a base in 4 bits: its codes are whole numbers, which have no gradient and on "
-                "which a small step rounds away; use method qlora, or a base in floats"
+                f"method full cannot train a base in 4 bits: {fault}; use method qlora, or a base in floats"
             )
         return model.requires_grad_(True)
-    if method in ("soft-prompt", "prefix"):
-        kind = SoftPrompt if method == "soft-prompt" else PrefixTuning
-        return kind(model, extras.virtual_tokens, None if input_ids is None else input_ids[0].tolist())
-    config = replace(lora, **LORA_CHANGES[method])
+    if method in PROMPT_METHODS:
+        return PROMPT_METHODS[method](model, experiment.virtual_tokens, input_ids[0].tolist())
+    config = replace(experiment.lora, **LORA_CHANGES[method])
     if method == "loftq":
-        return apply_loftq(model, config, **quantization)
+        apply_loftq(model, config, experiment.quantization)
+        return model
     if method == "qlora" and not in_4_bits:
-        quantize_model(model, **quantization)
-    if method == "adalora":  # half as many ranks again as will be left, at the same scaling
+        quantize_model(model, experiment.quantization)
+    if method == "adalora":  # begins with 1.5 times the ranks that it may keep, at the same scaling
         wide = config.r + (config.r + 1) // 2
         config = replace(config, r=wide, lora_alpha=config.lora_alpha * wide / config.r)
-    apply_lora(model, config)
+    apply_lora(model, config, input_ids[:EVA_ROWS])
     if method == "lora-fa":
         freeze_A(model)
-    if method == "eva":
-        eva_start(model, input_ids[:EVA_ROWS])
     return model
 
 
-def training_options(
-    model: nn.Module, method: str, lora: LoRAConfig, config: TrainConfig, extras: Extras | None = None
-) -> dict:
-    """The arguments of `train` that a method brings: LoRA+'s parameter groups, AdaLoRA's look after every step."""
-    if method == "lora+":
-        ratio = (extras or Extras()).loraplus_ratio
-        return {"parameter_groups": loraplus_groups(model, config.learning_rate, ratio)}
-    if method == "adalora":
-        budget = lora.r * len(dict(lora_layers(model)))  # as many as plain LoRA has
-        start, end = config.steps // 10, max(config.steps // 10 + 1, config.steps // 2)
-        return {"after_step": RankAllocator(model, budget, start, end)}
+def training_options(model: nn.Module, experiment: Experiment) -> dict:
+    """The arguments of `train` that a method brings: LoRA+'s parameter groups, AdaLoRA's work after every step."""
+    if experiment.method == "lora+":
+        rate = experiment.training.learning_rate  # A's
+        return {"parameter_groups": loraplus_groups(model, rate, experiment.loraplus_ratio)}
+    if experiment.method == "adalora":
+        budget, steps = experiment.lora.r * len(dict(lora_layers(model))), experiment.training.steps  # LoRA's ranks
+        return {"after_step": RankAllocator(model, budget, steps // 10, max(steps // 10 + 1, steps // 2))}
     return {}
 
 
-def finish(model: nn.Module, method: str) -> nn.Module:
-    """What is left to do when training is done: AdaLoRA takes out the ranks that it did without."""
-    return shrink(model) if method == "adalora" else model
+def finish(model: GPT | Prompt, experiment: Experiment) -> GPT | Prompt:
+    """AdaLoRA takes out the ranks that it did without; the other methods leave the model as it is."""
+    if experiment.method == "adalora":
+        shrink(model)
+    return model

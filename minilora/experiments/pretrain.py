@@ -8,8 +8,9 @@ import itertools
 import platform
 import random
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -23,31 +24,24 @@ from minilora.text.batches import Batches, pack
 from minilora.text.english import python_documentation
 from minilora.text.tokenizer import AnyTokenizer, Tokenizer, train_tokenizer
 from minilora.text.world import World, nats_per_token
-from minilora.train import TrainConfig, train
+from minilora.train import train
+from minilora.train_settings import TrainConfig
 
 ROW = 256  # tokens per row: several whole documents
 ENGLISH_SHARE = 0.14  # of all tokens
 
 
 def pretraining_config(steps: int, seed: int) -> TrainConfig:
-    return TrainConfig(
-        steps=steps,
-        batch_size=8,  # few rows: for a model so small, more steps teach more than better gradients do
-        learning_rate=3e-3,
-        warmup_steps=min(200, steps // 10),
-        final_learning_rate=0.01,
-        weight_decay=0.1,
-        eval_every=max(1, steps // 20),
-        save_every=500,
-        precision="bfloat16",
-        seed=seed,
-    )
+    # Eight rows are few, but for a model so small more steps teach more than better gradients do.
+    config = TrainConfig(steps, batch_size=8, learning_rate=3e-3, warmup_steps=min(200, steps // 10), seed=seed)
+    config = replace(config, final_learning_rate=0.01, weight_decay=0.1, precision="bfloat16")
+    return replace(config, eval_every=max(1, steps // 20), save_every=500)
 
 
 def make_tokenizer(path: Path) -> Tokenizer:
-    """BPE on a sample of the mix, and on each word of the world in quotes, so that a word is one token without a space
-    before it as well as with one. The newcomers' names are left out: pretraining never meets them, so a token of their
-    own would keep its random embedding, and in fine-tuning the embedding is frozen."""
+    """BPE on a sample of the mix, and on each word of the world in quotes: so a word is one token also without a space
+    before it. The newcomers' names are left out. Pretraining never meets them, so tokens of their own would keep their
+    random embeddings, which in fine-tuning are frozen."""
     lists = [name for name in sorted(vars(words)) if name.isupper() and name != "NEWCOMER_NAMES"]
     quoted = [f'"{word}"' for name in lists for word in getattr(words, name)] * 300
     world = [document.text for document in World().documents(8000, seed="tokenizer")]
@@ -80,7 +74,7 @@ def pretraining_rows(tokenizer: AnyTokenizer, tokens: int, seed: int) -> Batches
 
 
 def pretrain(out: Path, steps: int, seed: int = 0, device: str = "cpu", resume: bool = False, progress: bool = True):
-    """Writes a base model, its tokenizer and `record.json` to the folder `out`; returns the record."""
+    """Writes a base model, its tokenizer and `record.json` to the folder `out`. Returns the record."""
     make_folder(out)
     config = pretraining_config(steps, seed)
     tokenizer = make_tokenizer(out / "tokenizer.model")
@@ -90,11 +84,10 @@ def pretrain(out: Path, steps: int, seed: int = 0, device: str = "cpu", resume: 
     torch.manual_seed(seed)
     model = GPT(GPTConfig.preset("base")).to(device)
     validation, state = pack(encoded, ROW, tokenizer), out / "training_state.safetensors"
-    start = time.perf_counter()
-    history = train(
-        model, data, config, validation, state_path=state, resume=resume, description="pretrain", progress=progress
-    )
-    wall_seconds = time.perf_counter() - start
+    how: dict[str, Any] = dict(state_path=state, resume=resume, description="pretrain", progress=progress)
+    began = time.perf_counter()
+    history = train(model, data, config, validation, **how)
+    wall_seconds = time.perf_counter() - began
     save_model(model, out)
     report = evaluate_world(model.float(), tokenizer, count=300)
     machine: dict[str, str | int] = {"processor": platform.processor() or platform.machine(), "device": device}

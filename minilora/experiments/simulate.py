@@ -2,9 +2,9 @@
 
 A fake tensor has a shape, a dtype and a storage of the right size that holds nothing. Every operation works out the
 shape of its result and computes no number. So `simulate` builds the real `GPT`, applies the real `apply_lora`, runs
-the `training_step` of real training under the real `MemoryMeter`, and reads off what a machine large enough would
-hold. Nothing here knows what attention or LoRA allocates; beside the measurement stands what arithmetic predicts for
-the three kinds that have a formula. Activations have none that is short.
+the `training_step` of real training under the real `MemoryMeter`, and reads off the bytes that a machine large enough
+would hold. Nothing here knows how much attention or LoRA allocates. Beside the measurement stands the prediction of a
+formula for three kinds of bytes; for activations there is no short one.
 
 What a parameter costs in bytes, with Adam:
 
@@ -22,21 +22,24 @@ Real memory on a GPU is higher: the meter's docstring says what it does not see.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minilora.adapters.inject import apply_lora, count_parameters, lora_layers
-from minilora.lora import LoRAConfig
+from minilora.config import LoRAConfig
+from minilora.dtypes import DTYPES
+from minilora.linear4bit import Linear4bit, float_linears, quantized_layers, replace_module
 from minilora.memory import KINDS, Bytes, MemoryMeter, format_bytes
 from minilora.model import GPT, GPTConfig
-from minilora.quant import SCALE_BLOCK, Linear4bit, float_linears, put, quantized_layers
-from minilora.train import TrainConfig, apply_gradients, make_optimizer, set_gradient_checkpointing, training_step
+from minilora.quant import QLORA, SCALE_BLOCK, Quantization
+from minilora.train import make_optimizer, set_gradient_checkpointing, training_step
+from minilora.train_settings import TrainConfig
 
-QUANTIZATION = {"scheme": "nf4", "block_size": 64, "double_quant": True}  # QLoRA's, as arguments of quantize_model
-METHODS = ("full", "lora", "qlora")  # the others keep much the same bytes as one of these
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+SIMULATED_METHODS = ("full", "lora", "qlora")  # the others keep much the same bytes as one of these
+SIMULATED_DTYPES = ("bfloat16", "float32")
 
 
 @dataclass
@@ -64,22 +67,18 @@ class MemoryReport:
 
     def table(self) -> str:
         """Predicted beside simulated bytes, and the split at the peak."""
-        share = 100 * self.trainable_parameters / self.total_parameters
+        trainable, total = self.trainable_parameters, self.total_parameters
+        parameters = f"trainable params: {trainable:,d} || all params: {total:,d}"
         lines = [
             self.title,
-            f"trainable params: {self.trainable_parameters:,d} || all params: {self.total_parameters:,d} || "
-            f"trainable%: {share:.4f}",
-            "",
+            f"{parameters} || trainable%: {100 * trainable / total:.4f}\n",
             f"{'bytes of tensors':18}{'formula':>14}{'simulated':>14}{'at the peak':>14}",
         ]
         for name, at_peak in {**asdict(self.at_peak), "peak": self.at_peak.total}.items():
             predicted = format_bytes(self.predicted[name]) if name in self.predicted else "-"
             lines.append(f"{name:18}{predicted:>14}{format_bytes(getattr(self, name)):>14}{format_bytes(at_peak):>14}")
-        lines += [
-            "",
-            f"1 GiB is 1024 MiB or {2**30:,d} bytes; the peak is {self.peak / 1e9:,.2f} GB of 10^9 bytes.",
-            "simulated: the largest of each kind, at whatever moment; at the peak: all at the one moment.",
-        ]
+        lines.append(f"\n1 GiB is 1024 MiB or {2**30:,d} bytes; the peak is {self.peak / 1e9:,.2f} GB of 10^9 bytes.")
+        lines.append("simulated: the largest of each kind, at whatever moment; at the peak: all at the one moment.")
         return "\n".join(lines)
 
 
@@ -93,66 +92,52 @@ def simulate(
     r: int = 8,
     lora_alpha: float = 16,
     lora_dropout: float = 0.0,
-    target_modules: list[str] | str = ("q_proj", "v_proj"),
+    target_modules: Sequence[str] | str = ("q_proj", "v_proj"),
     gradient_checkpointing: bool = False,
     accumulation_steps: int = 1,
-    quantization: dict = QUANTIZATION,
+    quantization: Quantization = QLORA,
 ) -> MemoryReport:
     """Measures the bytes of one training step of GPT(config), without its memory and without its arithmetic.
 
     config: a GPTConfig or the name of a preset. method: "full", "lora" or "qlora"; r, lora_alpha, lora_dropout and
-        target_modules are as in LoRAConfig, for the latter two; quantization, for qlora, as in quantize_model.
+        target_modules are as in LoRAConfig, for the latter two; quantization is qlora's.
     batch_size: sequences per optimizer step; accumulation_steps cuts it, as in TrainConfig.
     dtype: of the weights, "bfloat16" or "float32". autocast: matrix products in bfloat16 whatever the weights are.
 
     Raises ValueError for an unknown preset, method or dtype, a sequence longer than the model's, and all that
     LoRAConfig, apply_lora and TrainConfig refuse.
     """
-    name = config if isinstance(config, str) else "GPT"
-    config = GPTConfig.preset(config) if isinstance(config, str) else config
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    if not 1 <= sequence_length <= config.max_position_embeddings:
-        limit = config.max_position_embeddings
+    name, config = (config, GPTConfig.preset(config)) if isinstance(config, str) else ("GPT", config)
+    for what, value, known in (("method", method, SIMULATED_METHODS), ("dtype", dtype, SIMULATED_DTYPES)):
+        if value not in known:
+            raise ValueError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+    limit = config.max_position_embeddings
+    if not 1 <= sequence_length <= limit:
         raise ValueError(f"sequence_length is {sequence_length}; this model takes 1 to {limit} tokens")
     lora_config = LoRAConfig(r, lora_alpha, lora_dropout, target_modules)
-    train_config = TrainConfig(
-        steps=1,
-        batch_size=batch_size,
-        learning_rate=1e-4,
-        accumulation_steps=accumulation_steps,
-        precision="bfloat16" if autocast else "float32",
-        gradient_checkpointing=gradient_checkpointing,
-    )
+    precision = "bfloat16" if autocast else "float32"
+    train_config = TrainConfig(1, batch_size, 1e-4, accumulation_steps=accumulation_steps, precision=precision)
     with FakeTensorMode(allow_non_fake_inputs=True):  # the tables of levels are real
         model = build(config, DTYPES[dtype])
         if method == "qlora":
-            empty_4bit(model, **quantization)
+            empty_4bit(model, quantization)
         if method != "full":
             apply_lora(model, lora_config)
         set_gradient_checkpointing(model, gradient_checkpointing)
         optimizer = make_optimizer(model, train_config)
         ids = torch.zeros(batch_size, sequence_length, dtype=torch.int64)
         make_optimizer_state(optimizer)
-        meter = MemoryMeter(model, optimizer)
-        with meter:
+        with MemoryMeter(model, optimizer) as meter:
             training_step(model, optimizer, ids, ids, train_config)
 
     trainable, total = count_parameters(model)
     targets = target_modules if isinstance(target_modules, str) else ", ".join(target_modules)
     what = "full fine-tuning" if method == "full" else f"{'Q' * (method == 'qlora')}LoRA r={r} on {targets}"
-    stored = f"{quantization['scheme']} linears, rest {dtype}" if method == "qlora" else f"{dtype} weights"
-    options = [stored] + ["autocast"] * autocast + ["checkpointing"] * gradient_checkpointing
-    return MemoryReport(
-        title=f"{name}, {what}, batch {batch_size} x {sequence_length} tokens, {', '.join(options)}",
-        trainable_parameters=trainable,
-        total_parameters=total,
-        **meter.highest,
-        at_peak=meter.peak,
-        predicted=predict(model, DTYPES[dtype]),
-    )
+    weights = f"{quantization.scheme} linears, rest {dtype}" if method == "qlora" else f"{dtype} weights"
+    options = [weights] + ["autocast"] * autocast + ["checkpointing"] * gradient_checkpointing
+    title = f"{name}, {what}, batch {batch_size} x {sequence_length} tokens, {', '.join(options)}"
+    predicted = predict(model, DTYPES[dtype])
+    return MemoryReport(title, trainable, total, **meter.highest, at_peak=meter.peak, predicted=predicted)
 
 
 def build(config: GPTConfig, dtype: torch.dtype) -> GPT:
@@ -165,12 +150,11 @@ def build(config: GPTConfig, dtype: torch.dtype) -> GPT:
         torch.set_default_dtype(before)
 
 
-def empty_4bit(model: GPT, scheme: str, block_size: int, double_quant: bool):
-    """What quantize_model makes, without the numbers: fake ones cannot be rounded."""
+def empty_4bit(model: GPT, quantization: Quantization):
+    """Puts in the layers that quantize_model makes, without numbers: fake ones cannot be rounded."""
     for name, linear in float_linears(model).items():
-        bias, weight = linear.bias is not None, linear.weight
-        settings = (bias, scheme, block_size, double_quant, weight.device, weight.dtype)
-        put(model, name, Linear4bit(linear.in_features, linear.out_features, *settings))
+        options = linear.bias is not None, quantization, linear.weight.device, linear.weight.dtype
+        replace_module(model, name, Linear4bit(linear.in_features, linear.out_features, *options))
 
 
 def make_optimizer_state(optimizer: torch.optim.Optimizer):
@@ -178,7 +162,8 @@ def make_optimizer_state(optimizer: torch.optim.Optimizer):
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
-    apply_gradients(optimizer)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def count_base_parameters(config: GPTConfig) -> int:
@@ -200,12 +185,11 @@ def predict(model: GPT, dtype: torch.dtype) -> dict[str, int]:
     base = count_base_parameters(model.config)
     rounded = quantized_layers(model).values()
     in_4_bits = sum(layer.in_features * layer.out_features for layer in rounded)
-    stored = sum(bytes_in_4_bits(layer) for layer in rounded)
     adapters = sum(layer.r * (layer.in_features + layer.out_features) for _, layer in lora_layers(model))
     tensors = sum(parameter.requires_grad for parameter in model.parameters())
     gradients = 4 * adapters if adapters else dtype.itemsize * base  # one number for each that is trained
     return {
-        "weights": dtype.itemsize * (base - in_4_bits) + stored + 4 * adapters,
+        "weights": dtype.itemsize * (base - in_4_bits) + sum(map(bytes_in_4_bits, rounded)) + 4 * adapters,
         "gradients": gradients,
         "optimizer": 2 * gradients + 4 * tensors,  # AdamW: two averages, and a step count for each tensor
     }
@@ -214,6 +198,6 @@ def predict(model: GPT, dtype: torch.dtype) -> dict[str, int]:
 def bytes_in_4_bits(layer: Linear4bit) -> int:
     """n/2 for the codes; for N = n / block_size scales 4 N, or N + 4 N/256 + 4 under double quantization."""
     n = layer.in_features * layer.out_features
-    blocks = math.ceil(n / layer.block_size)
-    scales = blocks + 4 * math.ceil(blocks / SCALE_BLOCK) + 4 if layer.double_quant else 4 * blocks
+    blocks = math.ceil(n / layer.quantization.block_size)
+    scales = blocks + 4 * math.ceil(blocks / SCALE_BLOCK) + 4 if layer.quantization.double_quant else 4 * blocks
     return math.ceil(n / 2) + scales

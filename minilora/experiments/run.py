@@ -1,0 +1,158 @@
+"""One run: a method trains on a data set from a base, and its adapter or model is saved.
+
+`compare` calls `run` for every method and seed; `finetune` is one such run, kept on disk and resumable.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minilora.adapters.inject import count_parameters, lora_layers, remove_lora
+from minilora.adapters.prompts import Prompt
+from minilora.experiments.methods import BaseFolder, Experiment, finish, prepare, training_options
+from minilora.inference.evaluate import score_task
+from minilora.model import GPT
+from minilora.storage.adapters import save_adapter
+from minilora.storage.config import MODEL_CONFIG
+from minilora.storage.files import make_folder, read_json, replacing
+from minilora.storage.models import MODEL_WEIGHTS, save_model
+from minilora.storage.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from minilora.storage.prompts import save_prompt
+from minilora.text.datasets import PYTHON_CODE, Dataset
+from minilora.text.tasks import TASKS
+from minilora.text.tokenizer import open_tokenizer
+from minilora.train import train
+from minilora.train_settings import History, TrainConfig
+
+DATA = Path(__file__).parents[2] / "data"
+BASE = DATA / "base"
+LEARNING_RATES = DATA / "learning_rates.json"
+
+
+def open_base(directory: str | Path, device: str = "cpu") -> BaseFolder:
+    """Raises FileNotFoundError or ValueError for a folder that is not a Llama-layout model with a tokenizer."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"there is no base model folder {directory}")
+    return BaseFolder(directory, open_tokenizer(directory), device)
+
+
+def schedule(steps: int, learning_rate: float, batch_size: int = 16, seed: int = 0, **more) -> TrainConfig:
+    """The TrainConfig that every method gets: a twentieth of the run to warm up, ten evaluations."""
+    warmup_steps, eval_every = min(steps - 1, max(1, steps // 20)), max(1, steps // 10)
+    return TrainConfig(steps, batch_size, learning_rate, warmup_steps, eval_every=eval_every, seed=seed, **more)
+
+
+def tuned_learning_rate(data: str, method: str) -> float:
+    """The choice from the grid in data/learning_rates.json.
+
+    Where nothing was tuned for this data, the choice for `json` or else `dialect`; for a text, `python-code` first.
+    """
+    tuned = read_json(LEARNING_RATES)
+    for name in (data, *([PYTHON_CODE] if data not in TASKS else []), "json", "dialect"):
+        if method in tuned.get(name, {}):
+            return tuned[name][method]["chosen"]
+    raise ValueError(f"no learning rate was tuned for method {method!r}; give one with --learning-rate")
+
+
+def tuned_experiments(base: BaseFolder, data: Dataset, methods: Sequence[str], steps: int, **more) -> list[Experiment]:
+    """One experiment for each method, at the rate that was tuned for it on this data. more: fields of Experiment."""
+    plans = {method: schedule(steps, tuned_learning_rate(data.name, method)) for method in methods}
+    return [Experiment(base, data, method, plan, **more) for method, plan in plans.items()]
+
+
+@dataclass
+class Run:
+    """A finished run: the trained model, in eval mode, with its losses."""
+
+    experiment: Experiment
+    model: GPT | Prompt
+    history: History
+
+    def save(self, directory: Path) -> int:
+        """Saves the adapter or the model in place of what was there; returns its bytes."""
+        written = ADAPTER_WEIGHTS, ADAPTER_CONFIG
+        if isinstance(self.model, Prompt):
+            save_prompt(self.model, directory)
+        elif any(lora_layers(self.model)):
+            save_adapter(self.model, directory)
+        else:
+            save_model(self.model, directory)
+            written = MODEL_WEIGHTS, MODEL_CONFIG
+        return sum((directory / name).stat().st_size for name in written)
+
+    def save_base(self, directory: Path):
+        """Writes the model that the run's adapter acts on. The adapter is taken out: save it before."""
+        assert isinstance(self.model, GPT)
+        remove_lora(self.model)
+        save_model(self.model, directory)
+        copy_tokenizer(self.experiment.base, directory)
+
+
+def run(experiment: Experiment, state_path: Path | None = None, resume: bool = False, progress: bool = True) -> Run:
+    """Trains one method from the base; with `state_path`, the state is saved there and a killed run can be resumed."""
+    method, dataset, config = experiment.method, experiment.dataset, experiment.training
+    torch.manual_seed(config.seed)  # of the random start of A
+    # For qlora the base is quantized while it is read, so that a base which only fits in 4 bits is never in floats.
+    model = prepare(experiment.base.load(experiment.quantization if method == "qlora" else None), experiment)
+    longest, limit = dataset.train.input_ids.shape[1], model.config.max_position_embeddings
+    if longest > limit:
+        raise ValueError(f"sequences of {longest} tokens exceed the model's {limit}; shorten --sequence-length")
+    history = train(
+        model,
+        dataset.train,
+        config,
+        dataset.validation,
+        state_path=state_path,
+        resume=resume,
+        description=f"{method}, seed {config.seed}",
+        progress=progress,
+        settings={"method": method, "data": dataset.name, **experiment.method_settings},
+        **training_options(model, experiment),
+    )
+    return Run(experiment, finish(model, experiment), history)
+
+
+def finetune(experiment: Experiment, out: Path, resume: bool = False, progress: bool = True) -> dict:
+    """Trains, saves an adapter or a model under `out`, and returns a summary. A killed run goes on with `resume`.
+
+    LoftQ's adapter fits a base that LoftQ made itself, which is written to `out`/base.
+    """
+    state = out / "training_state.safetensors"
+    if resume and not state.exists():
+        raise ValueError(f"nothing to resume: {state} is not there (a finished run removes it)")
+    if state.exists() and not resume:
+        raise ValueError(f"{state} holds an unfinished run: continue it with --resume, or remove it to begin anew")
+    make_folder(out)
+    finished = run(experiment, state, resume, progress)
+    model, base, dataset = finished.model, experiment.base, experiment.dataset
+    size = finished.save(out)
+    if experiment.method == "full":
+        copy_tokenizer(base, out)
+    trainable, total = count_parameters(model)
+    summary = {
+        "method": experiment.method,
+        "data": dataset.name,
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "validation_loss": finished.history.validation_loss[-1][1],
+        "loss_floor": dataset.floor,
+        "score": score_task(model, base.tokenizer, dataset.task).score if dataset.task else None,
+        "artifact": str(out),
+        "artifact_bytes": size,
+    }
+    if experiment.method == "loftq":
+        finished.save_base(out / "base")
+        summary["base"] = str(out / "base")
+    state.unlink()  # last: killed before this, the run can be resumed
+    return summary
+
+
+def copy_tokenizer(base: BaseFolder, directory: Path):
+    """Puts the base's tokenizer into a folder: a model without its tokenizer is of no use."""
+    for file in (base.tokenizer.path, base.tokenizer.path.with_name("tokenizer_config.json")):
+        if file.is_file():
+            with replacing(directory / file.name) as copy:
+                copy.write_bytes(file.read_bytes())
