@@ -105,7 +105,7 @@ def test_handout_is_a_place_to_work_in(handout):
     """Stubs start from it, what they stand on is named, and answers count, with all that was written before."""
     folder, _ = handout
     write_answers(folder / "work", FORWARD, 6)
-    (folder / "work" / EXERCISES[RSLORA].files["lora"]).write_text("def (", encoding="utf-8")  # half typed
+    (folder / "work" / EXERCISES[RSLORA].files["config"]).write_text("def (", encoding="utf-8")  # half typed
     write_answers(folder / "class/ada", *EXERCISES)
     verbs = [
         ["start", "04"],
@@ -132,18 +132,17 @@ def submission(folder: Path, **texts: str):
 
 
 def test_a_class_is_graded_and_again_the_same(tmp_path):
-    right = {EXERCISES[n].name: package_sources(EXERCISES[n])["lora"][0] for n in (FORWARD, RSLORA)}
-    wrong = right[EXERCISES[FORWARD].name].replace("+ scaling * F.linear(", "+ F.linear(")
+    right = {EXERCISES[n].name: text for n in (FORWARD, RSLORA) for text, _ in package_sources(EXERCISES[n]).values()}
+    wrong = right[EXERCISES[FORWARD].name].replace("+ self.scaling * F.linear(", "+ F.linear(")
     submission(tmp_path / "class/ada", **right)
     submission(tmp_path / "class/ben/work", **{**right, EXERCISES[FORWARD].name: wrong})
     (tmp_path / "class/ben/work" / f"{EXERCISES[FORWARD].name}.md").write_text("## Your answer\n\nIt depends.\n")
-    submission(
-        tmp_path / "class/cem", **{EXERCISES[FORWARD].name: stub(EXERCISES[FORWARD], "lora", ["lora_reference"])}
-    )
+    untouched = stub(EXERCISES[FORWARD], "lora", EXERCISES[FORWARD].modules["lora"])
+    submission(tmp_path / "class/cem", **{EXERCISES[FORWARD].name: untouched})
     private = tmp_path / "private.py"
     private.write_text(
         "from minilora.exercises.checking import expect, require\n"
-        "from minilora.lora import lora_scaling\n"
+        "from minilora.config import lora_scaling\n"
         "SEEDS, POINTS = [3, 4], {2: 10}\n"
         "def secret(draw):\n    expect(lora_scaling(4, 8.0), 2.0)\n"
         "def never(draw):\n    require(False, 'no answer is good enough')\n"

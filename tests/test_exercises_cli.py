@@ -76,14 +76,19 @@ def test_check_says_right_wrong_and_not_attempted(tmp_path, capsys):
     assert main(["show", "02", *work]) == 2, "a solution is shown before an attempt"
     assert "F.linear(F.linear" not in capsys.readouterr().out
 
-    write(tmp_path, FORWARD, "import warnings; warnings.warn('hm'); print('here'); return F.linear(x, W, bias)")
+    write(tmp_path, FORWARD, "import warnings; warnings.warn('hm'); print('here'); return self.base_layer(x)")
     assert main(["check", "02", *work, "--seed", "3"]) == 1
     out = capsys.readouterr().out
-    assert "WRONG    lora_reference: y = W x + b + s·B(A x)" in out and "on x = [[" in out and "off by" in out
-    assert "not written yet: exercise 02: LoRALinear.forward" in out and "your code printed:" in out
-    assert "with --seed 3 you get the same" in out
+    assert "WRONG    y = W x + b + s·B(A x)" in out and "on x = [[" in out and "off by" in out
+    assert "your code printed:" in out and "with --seed 3 you get the same" in out
     assert main(["show", "02", *work]) == 0
-    assert "warnings.warn('hm')" in (out := capsys.readouterr().out) and "scaling * F.linear(F.linear(x, A), B)" in out
+    out = capsys.readouterr().out
+    assert "warnings.warn('hm')" in out and "self.scaling * F.linear(F.linear(dropped, A), B)" in out
+
+    main(["start", "05", *work])
+    write(tmp_path, MERGE, "return self.scaling * self.lora_B @ self.lora_A")
+    assert main(["check", "05", *work]) == 1
+    assert "not written yet: exercise 05: LoRALinear.merge" in capsys.readouterr().out
 
     write(tmp_path, FORWARD, text=package(FORWARD))
     assert main(["check", "02", *work]) == 0
@@ -135,7 +140,7 @@ def test_whatever_the_code_does_there_is_an_answer(tmp_path):
         write(tmp_path, number, body)
     for number, (text, _) in files.items():
         write(tmp_path, number, text=text)
-    (tmp_path / EXERCISES[14].files["quant"]).write_bytes(b"\xff\xfe")
+    (tmp_path / EXERCISES[14].files["linear4bit"]).write_bytes(b"\xff\xfe")
     write(tmp_path, 16, text=package(16))
     expected = {number: says for number, (_, says) in {**disasters, **files}.items()} | {14: "is not UTF-8"}
     results, printed = run(tmp_path, [*sorted(expected), 16], [0], limit=1)
@@ -148,15 +153,16 @@ def test_whatever_the_code_does_there_is_an_answer(tmp_path):
 
 
 def test_one_property_does_not_take_the_others_along(tmp_path):
-    """The reference ends the process in 02, twice, and fills the output; the layer is right, and so is 07 after it."""
+    """One input of all ends the process in 02, and fills the output; the others are right, and so is 07 after them."""
     answer = importlib.import_module(EXERCISES[FORWARD].name).SOLUTION["lora"]
-    reference = "def lora_reference(x, W, bias, A, B, scaling):\n"
-    assert answer.count(reference) == 1
+    forward = "    def forward(self, x):\n"
+    assert answer.count(forward) == 1
     for ending, says in (
-        ("    import os; print('x' * 10**7, flush=True); os._exit(0)\n", "ended the process"),
-        ("    while True: pass\n", "a loop without an end, or far too slow, from line"),
+        ("import os; print('x' * 10**7, flush=True); os._exit(0)", "ended the process"),
+        ("while True: pass", "a loop without an end, or far too slow, from line"),
     ):
-        write(tmp_path, FORWARD, text=answer.replace(reference, reference + ending))
+        text = answer.replace(forward, f"{forward}        if x.dim() == 4:\n            {ending}\n")
+        write(tmp_path, FORWARD, text=text)
         write(
             tmp_path,
             RSLORA,

@@ -1,6 +1,7 @@
 """Stubs from the source, and a student's functions in place of the package's: nothing else may change."""
 
 import ast
+import importlib
 import json
 from pathlib import Path
 
@@ -9,16 +10,19 @@ import torch
 from torch import nn
 
 import minilora.adapters.inject
+import minilora.adapters.starts
 import minilora.experiments.simulate
+import minilora.lora
 import minilora.quant
 from minilora import LoRALinear, count_parameters
 from minilora.adapters.dora import DoRALinear
-from minilora.adapters.factors import STARTS_FROM_WEIGHT
+from minilora.adapters.starts import STARTS_FROM_WEIGHT
 from minilora.exercises import put_back, use
 from minilora.exercises.attempts import ANSWER, instructions, stub
 from minilora.exercises.catalog import EXERCISES
 from minilora.exercises.graft import Graft, grafted, package_sources
 from minilora.exercises.source import blank, body_lines, definition, find, is_blank, read_module, solution, written
+from minilora.fast import FastLoRALinear
 from minilora.levels import LEVELS
 
 ROOT = Path(__file__).parents[1]
@@ -254,22 +258,40 @@ def test_the_package_on_its_own_source_is_the_package():
     for exercise in EXERCISES.values():
         with grafted(exercise, package_sources(exercise)):
             pass
-    assert STARTS_FROM_WEIGHT["pissa"] is minilora.adapters.factors.pissa
+    assert STARTS_FROM_WEIGHT["pissa"] is minilora.adapters.starts.pissa
 
 
 def test_use_takes_what_is_written_and_put_back_undoes_it(tmp_path):
-    merge, forward = EXERCISES[5], EXERCISES[2]
-    mine = stub(forward, "lora", ["lora_reference", "LoRALinear.forward"]).replace(
-        'raise NotImplementedError("exercise 02: lora_reference")', "return 'mine'"
+    merge, start = EXERCISES[5], EXERCISES[3]
+    mine = stub(merge, "lora", merge.modules["lora"]).replace(
+        'raise NotImplementedError("exercise 05: LoRALinear.delta_weight")', "return 'mine'"
     )
-    (tmp_path / forward.files["lora"]).write_text(mine, encoding="utf-8")
-    (tmp_path / merge.files["lora"]).write_text(stub(merge, "lora", merge.modules["lora"]), encoding="utf-8")
-    assert use(tmp_path) == ["lora:lora_reference"]
-    assert minilora.lora.lora_reference(*[None] * 6) == "mine"
+    (tmp_path / merge.files["lora"]).write_text(mine, encoding="utf-8")
+    (tmp_path / start.files["lora"]).write_text(stub(start, "lora", start.modules["lora"]), encoding="utf-8")
+    assert use(tmp_path) == ["lora:LoRALinear.delta_weight"]
     layer = LoRALinear(nn.Linear(2, 2), 1, 1)
+    assert layer.delta_weight() == "mine"
+    layer.unmerge()
     assert layer(torch.ones(2)).shape == (2,), "a stub took the place of working code"
     put_back()
-    assert minilora.lora.lora_reference(torch.ones(1, 1), *[torch.ones(1, 1)] * 4, 1).item() == 3
+    assert layer.delta_weight().shape == (2, 2)
+
+
+def test_models_run_on_a_forward_that_is_used_until_the_fast_one_is_written(tmp_path):
+    forward, cheap = EXERCISES[2], EXERCISES[18]
+    own, layer, x = FastLoRALinear.forward, FastLoRALinear(nn.Linear(2, 2), 1, 1), torch.ones(3, 2)
+    y = layer(x)
+    mine = "class LoRALinear:\n    def forward(self, x):\n        return 'mine'\n"
+    (tmp_path / forward.files["lora"]).write_text(mine, encoding="utf-8")
+    (tmp_path / cheap.files["fast"]).write_text(stub(cheap, "fast", cheap.modules["fast"]), encoding="utf-8")
+    assert use(tmp_path) == ["lora:LoRALinear.forward"] and layer(x) == "mine"
+    written_anew = importlib.import_module(cheap.name).SOLUTION["fast"]
+    (tmp_path / cheap.files["fast"]).write_text(written_anew, encoding="utf-8")
+    assert len(use(tmp_path)) == 5 and torch.allclose(layer(x), y), "exercise 18 is whole, and not in use"
+    layer.enabled = False
+    assert layer(x) == "mine"
+    put_back()
+    assert FastLoRALinear.forward is own and torch.equal(layer(x), layer.base_layer(x))
 
 
 def test_use_refuses_by_name_and_leaves_the_package_alone(tmp_path):
@@ -277,24 +299,22 @@ def test_use_refuses_by_name_and_leaves_the_package_alone(tmp_path):
         use(tmp_path / "nothing")
     first, second = EXERCISES[2], EXERCISES[5]
     helper = "def helper():\n    return {}\n\n"
-    reference = (
-        "def lora_reference(*args):\n    return helper()\n\nclass LoRALinear:\n    def forward(self, x): return x\n"
-    )
+    forward = "class LoRALinear:\n    def forward(self, x):\n        return helper()\n"
     merge = "class LoRALinear:\n" + "".join(
         f"    def {name.partition('.')[2]}(self, *args):\n        return helper()\n" for name in second.modules["lora"]
     )
-    code = minilora.lora.lora_reference.__code__
-    (tmp_path / first.files["lora"]).write_text(helper.format(1) + reference, encoding="utf-8")
+    before = LoRALinear.forward
+    (tmp_path / first.files["lora"]).write_text(helper.format(1) + forward, encoding="utf-8")
     (tmp_path / second.files["lora"]).write_text(helper.format(2) + merge, encoding="utf-8")
     with pytest.raises(ValueError, match="both define helper"):
         use(tmp_path)
-    assert minilora.lora.lora_reference.__code__ is code and not hasattr(minilora.lora, "helper")
+    assert LoRALinear.forward is before and not hasattr(minilora.lora, "helper")
     (tmp_path / second.files["lora"]).write_text(helper.format(1) + merge, encoding="utf-8")
-    assert len(use(tmp_path)) == 2 + len(second.modules["lora"])
+    assert len(use(tmp_path)) == 1 + len(second.modules["lora"])
     (tmp_path / second.files["lora"]).write_text("import no_such_thing as helper\n" + merge, encoding="utf-8")
     with pytest.raises(ValueError, match=f"{second.files['lora']} cannot be used: ModuleNotFoundError"):
         use(tmp_path)
     (tmp_path / second.files["lora"]).write_text("def (", encoding="utf-8")
     with pytest.raises(ValueError, match=rf"{second.files['lora']} is not Python: .* line 1"):
         use(tmp_path)
-    assert minilora.lora.lora_reference.__code__ is code
+    assert LoRALinear.forward is before

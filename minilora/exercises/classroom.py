@@ -89,7 +89,8 @@ def blanked() -> dict[str, str]:
 
 def solution_lines() -> dict[str, int]:
     """Every telling line of a solution, stripped -> its exercise. What the package has elsewhere too tells nothing."""
-    lines, ambient = {}, set()
+    lines: dict[str, int] = {}
+    ambient = set()
     bodies: dict[str, dict[int, int]] = {}  # by module, the number of each line of a solution -> its exercise
     for exercise in EXERCISES.values():
         for module, names in exercise.modules.items():
@@ -121,7 +122,7 @@ def without_spoilers(text: str) -> str:
     """A catalog file with an empty tuple for `spoilers`."""
     for keyword in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.keyword)):
         if keyword.arg == "spoilers":
-            return text.replace(ast.get_source_segment(text, keyword.value), "()", 1)
+            return text.replace(ast.get_source_segment(text, keyword.value) or "", "()", 1)
     return text
 
 
@@ -142,7 +143,8 @@ def purge_notebook(path: Path, lines: dict[str, int]) -> list[int]:
 def purge_tests(path: Path, lines: dict[str, int]) -> list[str]:
     """Takes out each function or class of a test file that gives a solution away: their names."""
     text = path.read_text(encoding="utf-8")
-    rows, names = text.splitlines(keepends=True), []
+    names: list[str] = []
+    rows = text.splitlines(keepends=True)
     for node in reversed(ast.parse(text).body):
         first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))]) - 1
         if exercise_told("".join(rows[first : node.end_lineno]), lines) is not None:

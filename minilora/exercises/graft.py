@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from functools import cache
 from types import FunctionType, ModuleType
 
-from minilora.exercises.source import find, read_module
+from minilora.exercises.source import Definition, find, find_function, read_module
 
 CODE = ("__code__", "__defaults__", "__kwdefaults__")  # what a call of a function depends on
 # Annotations are not evaluated: they may name what the package's module does not.
@@ -67,7 +67,7 @@ class Graft:
             raise ValueError(f"{filename} has no function {', '.join(missing)}; the name must stay as it was given")
         module = importlib.import_module(f"minilora.{module_name}")
         self.modules.append(module)
-        plain = {name: find(tree, name) for name in names if "." not in name}
+        plain = {name: find_function(text, name) for name in names if "." not in name}
         members = {
             name: class_members(getattr(module, name), find(tree, name), names)
             for name in dict.fromkeys(name.split(".")[0] for name in names if "." in name)
@@ -77,8 +77,8 @@ class Graft:
             for name, value in run(node, filename, module).items():
                 if name not in own_names(module):
                     self.put_helper(module, name, value, helpers, filename)
-        for name, node in plain.items():
-            self.function(module, name, node, filename)
+        for name, function in plain.items():
+            self.function(module, name, function, filename)
         for name, nodes in members.items():
             self.members(module, name, nodes, names, filename)
         forget(module)
@@ -98,6 +98,7 @@ class Graft:
         # All methods of a class body share the cell that `super()` looks into. One more method gives us that cell.
         (spy,) = ast.parse("def _cell(): return __class__").body
         (body,) = ast.parse(f"class {class_name}: pass").body
+        assert isinstance(body, ast.ClassDef)
         body.body = [*nodes, spy]
         made = vars(run(body, filename, module)[class_name])
         made["_cell"].__closure__[0].cell_contents = owner
@@ -130,10 +131,14 @@ def run(node: ast.stmt, filename: str, module: ModuleType) -> dict:
     return made
 
 
-def class_members(owner: type, node: ast.ClassDef, names: list[str]) -> list[ast.stmt]:
+def class_members(owner: type, node: Definition | None, names: list[str]) -> list[ast.stmt]:
     """Of a class body the named methods, and the methods and attributes that the package's class does not have."""
     wanted = {name.partition(".")[2] for name in names if name.startswith(f"{owner.__name__}.")}
-    members = [member for member in node.body if isinstance(member, (ast.FunctionDef, ast.Assign, ast.AnnAssign))]
+    members = [
+        member
+        for member in (node.body if node else [])
+        if isinstance(member, (ast.FunctionDef, ast.Assign, ast.AnnAssign))
+    ]
     return [member for member in members if defined(member) <= wanted or not defined(member) & own_names(owner)]
 
 

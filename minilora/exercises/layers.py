@@ -1,5 +1,7 @@
 """Layers and models for the checkers: small, in float64, with random A and B, and made without the code under test."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,20 +17,19 @@ def lora_layer(draw: Draw, most: int, r: int | None = None, dropout: float = 0.0
     return assemble(draw, base, r or draw.integer(1, most), draw.integer(1, 20), dropout, kind)
 
 
-def assemble(
-    draw: Draw, base: nn.Module, r: int, lora_alpha: float, dropout=0.0, kind: type = LoRALinear
-) -> LoRALinear:
+def assemble(draw: Draw, base: Any, r: int, lora_alpha: float, dropout=0.0, kind: type = LoRALinear) -> LoRALinear:
     """What `kind(base, r, lora_alpha, dropout)` makes, with random A and B, and `base` frozen."""
-    layer = kind.__new__(kind)
+    layer: Any = object.__new__(kind)
     nn.Module.__init__(layer)
     layer.base_layer = base.requires_grad_(False)
     layer.in_features, layer.out_features = base.in_features, base.out_features
     layer.r, layer.lora_alpha, layer.lora_dropout, layer.scaling = r, lora_alpha, dropout, lora_alpha / r
-    layer.enabled, layer.original_mark = True, None
+    layer.enabled = True
     layer.lora_A = nn.Parameter(draw.normal(r, base.in_features))
     layer.lora_B = nn.Parameter(draw.normal(base.out_features, r))
-    for name in ("original_weight", "start_A", "start_B"):
-        layer.register_buffer(name, None, persistent=False)
+    layer.register_buffer("original_weight", None, persistent=False)
+    layer.register_buffer("start_A", None)
+    layer.register_buffer("start_B", None)
     return layer
 
 

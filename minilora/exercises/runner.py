@@ -89,6 +89,7 @@ def run_process(job: dict, results: dict[int, Result]) -> tuple[int | None, str]
             encoding="utf-8",
         )
         try:
+            assert process.stdin is not None
             process.stdin.write(json.dumps(job) + "\n")  # stays open: by that the child knows that we are alive
             process.stdin.flush()
             ended = follow(process, job, results)
@@ -143,5 +144,6 @@ def stop(process: subprocess.Popen):
     except (ProcessLookupError, PermissionError):
         pass
     process.wait()
-    process.stdin.close()
-    process.stdout.close()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()

@@ -19,14 +19,19 @@ def read_module(module: str) -> str:
     return path_of(module).read_text(encoding="utf-8")
 
 
-def find(tree: ast.AST, name: str) -> ast.FunctionDef | ast.ClassDef | None:
+Definition = ast.FunctionDef | ast.ClassDef
+
+
+def find(tree: ast.Module, name: str) -> Definition | None:
     """The definition of "function", "Class" or "Class.method", or None. Of several the last, as Python has it."""
+    within: ast.Module | Definition = tree
     for part in name.split("."):
-        found = (node for node in reversed(tree.body) if getattr(node, "name", "") == part)
-        tree = next((node for node in found if isinstance(node, (ast.FunctionDef, ast.ClassDef))), None)
-        if tree is None:
+        named = (node for node in reversed(within.body) if getattr(node, "name", "") == part)
+        node = next((node for node in named if isinstance(node, (ast.FunctionDef, ast.ClassDef))), None)
+        if node is None:
             return None
-    return tree
+        within = node
+    return node
 
 
 def find_function(text: str, name: str) -> ast.FunctionDef:
@@ -43,12 +48,13 @@ def body_lines(text: str, name: str) -> range:
     A first comment belongs to the body: it mostly says how the next line does it.
     """
     node, lines = find_function(text, name), text.splitlines()
+    end = node.end_lineno or node.lineno
     if ast.get_docstring(node) is not None:
-        return range(node.body[0].end_lineno, node.end_lineno)
+        return range(node.body[0].end_lineno or node.body[0].lineno, end)
     first = node.body[0].lineno - 1
     while not lines[first - 1].strip() or lines[first - 1].lstrip().startswith("#"):
         first -= 1
-    return range(first, node.end_lineno)
+    return range(first, end)
 
 
 def solution(text: str, name: str) -> list[str]:
@@ -73,8 +79,10 @@ def blank(text: str, names: list[str], note: str) -> str:
     return text
 
 
-def is_blank(node: ast.FunctionDef) -> bool:
+def is_blank(node: Definition | None) -> bool:
     """True for a function whose body is nothing but a docstring and `raise NotImplementedError`."""
+    if node is None:
+        return False
     rest = node.body[1:] if ast.get_docstring(node) is not None else node.body
     if len(rest) != 1 or not isinstance(rest[0], ast.Raise):
         return False

@@ -4,11 +4,6 @@ from mutants import Mutant
 
 SOLUTION = {
     "lora": """
-def lora_reference(x, W, bias, A, B, scaling):
-    y = x @ W.T + (x @ A.T * scaling) @ B.T
-    return y if bias is None else bias + y
-
-
 class LoRALinear:
     def forward(self, x):
         if not self.enabled and self.merged:
@@ -16,22 +11,39 @@ class LoRALinear:
         y = self.base_layer(x)
         if self.merged or not self.enabled:
             return y
+        A, B = self.factors()
         dropped = F.dropout(x, p=self.lora_dropout, training=self.training)
-        narrow = torch.einsum("...i,ri->...r", dropped, self.lora_A)
-        return y + self.lora_alpha / self.r * torch.einsum("...r,or->...o", narrow, self.lora_B)
+        narrow = torch.einsum("...i,ri->...r", dropped.to(y.dtype), A.to(y.dtype))
+        update = torch.einsum("...r,or->...o", narrow, B.to(y.dtype))
+        return y + self.scaling * update
 """
 }
 
+RETURN = "return y + self.scaling * update"
 MUTANTS = [
-    Mutant("alpha not divided by r", "self.lora_alpha / self.r", "self.lora_alpha", "did you divide alpha by r?"),
-    Mutant("scaling upside down", "self.lora_alpha / self.r", "self.r / self.lora_alpha", "upside down"),
-    Mutant("rsLoRA's scaling", "self.lora_alpha / self.r", "self.lora_alpha / self.r**0.5", "rsLoRA's scaling"),
-    Mutant("update not added", "return y + self.lora_alpha", "return y + 0 * self.lora_alpha", "the base layer alone"),
+    Mutant("alpha not divided by r", "self.scaling", "self.lora_alpha", "did you divide alpha by r?"),
+    Mutant("scaling upside down", "self.scaling", "self.r / self.lora_alpha", "upside down"),
+    Mutant("rsLoRA's scaling", "self.scaling", "self.lora_alpha / self.r**0.5", "rsLoRA's scaling"),
+    Mutant("alpha / r", "self.scaling", "self.lora_alpha / self.r", "take self.scaling, which knows"),
+    Mutant("scaling twice", "self.scaling", "self.scaling**2", "the scaling acts twice"),
+    Mutant("update not added", RETURN, "return y + 0 * update", "the base layer alone"),
+    Mutant("unscaled", RETURN, "return y + update", "the update is not scaled"),
+    Mutant("all of it scaled", RETURN, "return self.scaling * (y + update)", "the scaling reaches W x as well"),
+    Mutant("W x forgotten", RETURN, "return self.scaling * update", "W x is missing"),
+    Mutant(
+        "bias scaled",
+        RETURN,
+        "return y + self.scaling * update + (self.scaling - 1) * self.base_layer.bias",
+        "the bias is scaled",
+    ),
+    Mutant(
+        "bias forgotten", "y = self.base_layer(x)", "y = F.linear(x, self.base_layer.weight)", "the bias is missing"
+    ),
+    Mutant("bias taken off", RETURN, RETURN + " - self.base_layer.bias", "the bias is missing"),
     Mutant(
         "dropout on the sum",
-        'return y + self.lora_alpha / self.r * torch.einsum("...r,or->...o", narrow, self.lora_B)',
-        "y = y + self.lora_alpha / self.r * (x @ self.lora_A.T @ self.lora_B.T)\n"
-        "        return F.dropout(y, self.lora_dropout, self.training)",
+        ("training=self.training", RETURN),
+        ("training=False", "return F.dropout(y + self.scaling * update, self.lora_dropout, self.training)"),
         "dropout acts on the sum",
     ),
     Mutant("dropout forgotten", "training=self.training", "training=False", "nothing is dropped while training"),
@@ -42,11 +54,24 @@ MUTANTS = [
         "if False",
         "the W from before is in original_weight",
     ),
-    Mutant("reference: unscaled", "(x @ A.T * scaling)", "(x @ A.T)", "the update is not scaled"),
-    Mutant("reference: bias scaled", "else bias + y", "else bias * scaling + y", "the bias is scaled"),
-    Mutant("reference: bias forgotten", "else bias + y", "else y", "the bias is missing"),
-    Mutant("A detached", "dropped, self.lora_A)", "dropped, self.lora_A.detach())", "detached"),
-    Mutant("two dimensions only", '"...i,ri->...r", dropped', '"ni,ri->nr", dropped', "RuntimeError"),
+    Mutant("start left out", "self.factors()", "self.lora_A, self.lora_B", "what they began as has to be taken off"),
+    Mutant(
+        "start added",
+        RETURN,
+        RETURN + " if self.start_A is None else y + self.scaling * (update + 2 * x @ self.start_A.T @ self.start_B.T)",
+        "the start is added",
+    ),
+    Mutant(
+        "float32 in half precision",
+        ("dropped.to(y.dtype), A.to(y.dtype)", "B.to(y.dtype)"),
+        ("dropped.to(A.dtype), A", "B"),
+        "A and B widen the sum",
+    ),
+    Mutant(
+        "dtypes mixed", ("dropped.to(y.dtype), A.to(y.dtype)", "B.to(y.dtype)"), ("dropped, A", "B"), "raised Runtime"
+    ),
+    Mutant("A detached", "A.to(y.dtype))", "A.detach().to(y.dtype))", "detached"),
+    Mutant("two dimensions only", '"...i,ri->...r"', '"ni,ri->nr"', "RuntimeError"),
     Mutant(
         "a bias is taken for granted",
         "F.linear(x, self.original_weight, self.base_layer.bias)",

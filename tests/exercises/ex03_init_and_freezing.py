@@ -26,7 +26,6 @@ class LoRALinear:
         B = torch.zeros((out, r), dtype=wide, device=tensor.device)
         self.lora_A = nn.Parameter(A)
         self.lora_B = nn.Parameter(B)
-        self.original_mark = None
         self.register_buffer("original_weight", None, persistent=False)
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)

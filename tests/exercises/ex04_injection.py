@@ -35,7 +35,7 @@ def find_targets(names, targets):
     return [n for n in names if n in result]
 
 
-def apply_lora(model, config):
+def apply_lora(model, config, batches=None):
     chosen = check_targets(model, config)
     for name in chosen:
         old = model.get_submodule(name)
@@ -162,7 +162,7 @@ MUTANTS = [
         CHOSEN,
         "for entry in config.target_modules if isinstance(config.target_modules, list) else []:\n"
         "        for name in find_targets(list(linear_layers(model)), [entry]):\n"
-        "            put(model, name, make_layer(model.get_submodule(name), name, config))\n"
+        "            replace_module(model, name, make_layer(model.get_submodule(name), name, config))\n"
         "    chosen = []",
         "first check everything, then change the model",
     ),

@@ -5,7 +5,8 @@ from mutants import Mutant
 SOLUTION = {
     "lora": """
 class LoRALinear:
-    def product(self, A, B):
+    def delta_weight(self):
+        A, B = self.factors()
         if A.dtype in (torch.float16, torch.bfloat16):
             A, B = A.float(), B.float()
         return torch.einsum("or,ri->oi", B, A).mul(self.scaling)
@@ -17,7 +18,7 @@ class LoRALinear:
         if not self.merged:
             self.original_weight = base.weight.data.clone()
             with torch.no_grad():
-                total = self.update() + base.weight
+                total = self.delta_weight() + base.weight
                 base.weight.copy_(total)
 
     def unmerge(self):
@@ -36,11 +37,23 @@ MUTANTS = [
     Mutant("no scaling", ".mul(self.scaling)", "", "the scaling is missing"),
     Mutant("alpha / r", "self.scaling", "self.lora_alpha / self.r", "use self.scaling, which knows of rsLoRA"),
     Mutant("scaling twice", "self.scaling", "self.scaling**2", "the scaling acts twice"),
-    Mutant("the layer's own A and B", "B, A)", "self.lora_B, self.lora_A)", "multiply the arguments"),
+    Mutant("start left out", "self.factors()", "self.lora_A, self.lora_B", "what they began as has to be taken off"),
+    Mutant(
+        "start added",
+        "A, B = self.factors()",
+        "A, B = self.lora_A, self.lora_B\n        if self.start_A is not None:\n"
+        "            A, B = torch.cat([A, self.start_A]), torch.cat([B, self.start_B], 1)",
+        "the start is added",
+    ),
     Mutant("transposed", '"or,ri->oi"', '"or,ri->io"', "transposed"),
     Mutant("A @ B", 'torch.einsum("or,ri->oi", B, A)', "(A @ B)", "the product is B @ A"),
-    Mutant("in place", "return torch", "B.mul_(2).div_(4).mul_(2).add_(1).sub_(1)\n        return torch", "B *= s"),
-    Mutant("product in bfloat16", "A, B = A.float(), B.float()", "pass", "widen A and B before they are multiplied"),
+    Mutant(
+        "in place",
+        "return torch",
+        "B = B.detach().mul_(self.scaling)\n        return 1 / self.scaling * torch",
+        "B *= s",
+    ),
+    Mutant("in bfloat16", "A, B = A.float(), B.float()", "pass", "widen A and B before they are multiplied"),
     Mutant(
         "widened too late",
         ("A, B = A.float(), B.float()", 'torch.einsum("or,ri->oi", B, A)'),
@@ -49,14 +62,24 @@ MUTANTS = [
     ),
     Mutant("always float32", "if A.dtype in (torch.float16, torch.bfloat16)", "if True", "float64 was narrowed"),
     Mutant("merge nothing", "base.weight.copy_(total)", "total.copy_(base.weight)", "nothing was added"),
-    Mutant("the update alone", "self.update() + base.weight", "self.update()", "the update alone is left"),
-    Mutant("without scaling", "self.update() +", "self.lora_B @ self.lora_A +", "added without the scaling"),
-    Mutant("merge by product", "self.update()", "self.product(self.lora_A, self.lora_B)", "merge adds self.update()"),
-    Mutant("merge delta_weight", "self.update()", "self.delta_weight()", "that is delta_weight()"),
+    Mutant("the update alone", "self.delta_weight() + base.weight", "self.delta_weight()", "the update alone is left"),
+    Mutant("without scaling", "self.delta_weight() +", "self.lora_B @ self.lora_A +", "added without the scaling"),
+    Mutant(
+        "merge s·BA",
+        "self.delta_weight()",
+        "LoRALinear.delta_weight(self)",
+        "merge adds self.delta_weight()",
+    ),
+    Mutant(
+        "merge without the start",
+        "self.delta_weight() +",
+        "(self.delta_weight() if self.start_A is None else self.scaling * self.lora_B @ self.lora_A) +",
+        "that is all of s·BA",
+    ),
     Mutant(
         "rounded twice",
-        "self.update() + base.weight",
-        "self.update().to(base.weight.dtype) + base.weight",
+        "self.delta_weight() + base.weight",
+        "self.delta_weight().to(base.weight.dtype) + base.weight",
         "rounded to bfloat16 before it was added",
     ),
     Mutant("weight widened", "base.weight.copy_(total)", "base.weight.data = total", "stay in bfloat16"),
@@ -66,7 +89,7 @@ MUTANTS = [
     Mutant(
         "unmerge subtracts",
         "self.base_layer.weight.data[:] = self.original_weight",
-        "self.base_layer.weight.data -= self.update()",
+        "self.base_layer.weight.data -= self.delta_weight()",
         "put original_weight back",
     ),
     Mutant(

@@ -5,6 +5,8 @@ from mutants import Mutant
 SOLUTION = {
     "storage.adapters": """
 from minilora.adapters.inject import check_targets, pattern_value
+from minilora.storage.fingerprint import fingerprint
+from minilora.storage.models import write_pair
 
 
 def key_of(layer, part):
@@ -20,8 +22,8 @@ def save_adapter(model, directory):
         if layer in adapter.magnitude:
             tensors[key_of(layer, "lora_magnitude_vector")] = adapter.magnitude[layer].to(torch.float32)
     notes = {"format": "pt", "base_fingerprint": fingerprint(model)}
-    settings = {**vars(adapter.config), **FIXED}
-    write_pair(Path(directory), WEIGHTS, tensors, notes, CONFIG, settings)
+    settings = {**vars(adapter.config), **LORA_FIELDS}
+    write_pair(Path(directory), ADAPTER_WEIGHTS, tensors, notes, ADAPTER_CONFIG, settings)
 
 
 def read_adapter(model, directory, force=False):
@@ -84,20 +86,25 @@ MUTANTS = [
     ),
     Mutant(
         "no config",
-        "write_pair(Path(directory), WEIGHTS, tensors, notes, CONFIG, settings)",
+        "write_pair(Path(directory), ADAPTER_WEIGHTS, tensors, notes, ADAPTER_CONFIG, settings)",
         "only_tensors(Path(directory), tensors, notes)",
-        "WEIGHTS and CONFIG are their names",
+        "ADAPTER_CONFIG are their names",
     ),
-    Mutant("no peft_type", "{**vars(adapter.config), **FIXED}", "vars(adapter.config)", "PEFT asks which method"),
+    Mutant("no peft_type", "{**vars(adapter.config), **LORA_FIELDS}", "vars(adapter.config)", "PEFT asks which method"),
     Mutant(
         "few settings",
-        "{**vars(adapter.config), **FIXED}",
-        "{**FIXED, **{key: getattr(adapter.config, key) for key in ('r', 'lora_alpha', 'target_modules')}}",
+        "{**vars(adapter.config), **LORA_FIELDS}",
+        "{**LORA_FIELDS, **{key: getattr(adapter.config, key) for key in ('r', 'lora_alpha', 'target_modules')}}",
         "the setting is not in the file",
     ),
-    Mutant("default config", "vars(adapter.config), **FIXED", "vars(LoRAConfig()), **FIXED", "that is the default"),
+    Mutant(
+        "default config",
+        "vars(adapter.config), **LORA_FIELDS",
+        "vars(LoRAConfig()), **LORA_FIELDS",
+        "that is the default",
+    ),
     Mutant("the model's config", "vars(adapter.config)", "vars(model.lora_config)", "the config must fit the tensors"),
-    Mutant("no fingerprint", ', "base_fingerprint": fingerprint(model)}', "}", "under FINGERPRINT"),
+    Mutant("no fingerprint", ', "base_fingerprint": fingerprint(model)}', "}", "write_adapter puts it there"),
     Mutant(
         "fingerprint of the merged weights",
         "fingerprint(model)}",
@@ -139,7 +146,7 @@ MUTANTS = [
         "r = config.r",
         "each layer has its own r",
     ),
-    Mutant("base not compared", "if not force and", "if False and", "compare the file's fingerprint"),
+    Mutant("base not compared", "if not force and", "if False and", "compares the file's fingerprint"),
     Mutant("force ignored", "if not force and", "if", "force=True forgives another base"),
     Mutant(
         "fingerprint demanded", '"base_fingerprint", fingerprint(model))', '"base_fingerprint")', "nothing to compare"
@@ -180,12 +187,11 @@ SOLUTION["storage.adapters"] += """
 
 import safetensors
 from minilora.storage.files import write_safetensors
-from minilora.storage.models import base_weights
-from minilora.adapters.factors import weight_mark
+from minilora.storage.fingerprint import base_weights, weight_mark
 
 
 def only_tensors(directory, tensors, notes):
-    write_safetensors(directory / WEIGHTS, tensors, notes)
+    write_safetensors(directory / ADAPTER_WEIGHTS, tensors, notes)
 
 
 def of_merged(model):

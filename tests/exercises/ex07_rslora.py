@@ -3,7 +3,7 @@
 from mutants import Mutant
 
 SOLUTION = {
-    "lora": """
+    "config": """
 def lora_scaling(r, lora_alpha, use_rslora=False):
     power = 0.5 if use_rslora else 1
     return lora_alpha * r ** -power
@@ -26,7 +26,7 @@ MUTANTS = [
     Mutant("multiplied", "-power", "power", "alpha is divided by it"),
     Mutant("whole root", RETURN, "return lora_alpha / int(r**power)", "rounded to a whole number"),
     Mutant("int", RETURN, "return int(lora_alpha / r**power)", "rounded down"),
-    Mutant("a tensor", RETURN, "return torch.tensor(lora_alpha / r**power)", "got Tensor"),
+    Mutant("a tensor", RETURN, "import torch\n    return torch.tensor(lora_alpha / r**power)", "got Tensor"),
     Mutant("no scaling at r = 1", "    power", "    if r == 1:\n        return 1.0\n    power", "r = 1, lora_alpha"),
     Mutant(
         "high ranks turned up",

@@ -45,8 +45,8 @@ def predict(model, dtype):
 def bytes_in_4_bits(layer):
     n = layer.out_features * layer.in_features
     codes = (n + 1) // 2
-    N = -(-n // layer.block_size)
-    if not layer.double_quant:
+    N = -(-n // layer.quantization.block_size)
+    if not layer.quantization.double_quant:
         return codes + 4 * N
     groups = -(-N // 256)
     return codes + N + 4 * groups + 4
@@ -73,11 +73,21 @@ MUTANTS = [
     ),
     Mutant("o's bias as wide as q", "yield width, q, c", "yield q, width, c", "the bias of o has C numbers"),
     Mutant("scales forgotten", "return codes + 4 * N", "return codes", "the scales are missing"),
-    Mutant("short block forgotten", "-(-n // layer.block_size)", "n // layer.block_size", "the last, short block"),
+    Mutant(
+        "short block forgotten",
+        "-(-n // layer.quantization.block_size)",
+        "n // layer.quantization.block_size",
+        "the last, short block",
+    ),
     Mutant("odd code forgotten", "(n + 1) // 2", "n // 2", "round n/2 up"),
     Mutant("halves as floats", "(n + 1) // 2", "n / 2", "bytes are whole numbers"),
     Mutant("a byte a code", "(n + 1) // 2", "n", "two codes fit in a byte"),
-    Mutant("double quantization ignored", "if not layer.double_quant:", "if True:", "without double quantization"),
+    Mutant(
+        "double quantization ignored",
+        "if not layer.quantization.double_quant:",
+        "if True:",
+        "without double quantization",
+    ),
     Mutant("offset forgotten", "4 * groups + 4", "4 * groups", "the offset is missing"),
     Mutant("short group forgotten", "-(-N // 256)", "N // 256", "round N/256 up"),
     Mutant("always 4 bytes", "size = torch.tensor([], dtype=dtype).element_size()", "size = 4", "itemsize"),

@@ -3,7 +3,7 @@
 from mutants import Mutant
 
 SOLUTION = {
-    "adapters.factors": """
+    "adapters.starts": """
 def energy_rank(singular_values, share):
     if share <= 0 or share > 1:
         raise ValueError(f"share must be in (0, 1], got {share}")

@@ -35,7 +35,7 @@ def scale_to_unit(flat, block_size):
 
 
 def quantize(weight, scheme="nf4", block_size=64, double_quant=False):
-    check_settings(scheme, block_size)
+    Quantization(scheme=scheme, block_size=block_size)
     if weight.numel() == 0 or not torch.is_floating_point(weight):
         raise ValueError("expected a floating-point weight that is not empty")
     flat = weight.detach().flatten()
@@ -103,6 +103,8 @@ MUTANTS = [
     Mutant("NaN accepted", "not flat.isfinite().all()", "False", "no finite absmax"),
     Mutant("only NaN refused", "not flat.isfinite().all()", "flat.isnan().any()", "no finite absmax"),
     Mutant("integers accepted", " or not torch.is_floating_point(weight)", "", "is_floating_point"),
-    Mutant("settings unchecked", "check_settings(scheme, block_size)", "pass", "check_settings"),
+    Mutant(
+        "settings unchecked", "Quantization(scheme=scheme, block_size=block_size)", "pass", "Quantization(scheme, block"
+    ),
     Mutant("double_quant ignored", "if double_quant:", "if False:", "double_quant is ignored"),
 ]

@@ -3,7 +3,7 @@
 from mutants import Mutant
 
 SOLUTION = {
-    "quant": """
+    "linear4bit": """
 class DequantizedLinear:
     @staticmethod
     def forward(ctx, x, bias, quantized):

@@ -11,7 +11,7 @@ class DoRALinear:
         self.lora_magnitude_vector = nn.Parameter(m)
 
     def norms(self):
-        W, A, B, s = self.float_weight(), self.lora_A, self.lora_B, self.scaling
+        W, (A, B), s = self.float_weight(), self.factors(), self.scaling
         of_W = torch.einsum("oi,oi->o", W, W)
         mixed = torch.einsum("oi,ri,or->o", W, A, B)
         of_BA = torch.einsum("or,ri,ki,ok->o", B, A, A, B)
@@ -31,11 +31,13 @@ class DoRALinear:
         return Vx * g + b
 
     def narrow(self, x):
-        return (x @ self.lora_A.T) @ self.lora_B.T * self.scaling
+        A, B = self.factors()
+        return (x @ A.T) @ B.T * self.scaling
 
-    def update(self):
+    def delta_weight(self):
         W = self.float_weight()
-        V = W + self.scaling * self.lora_B @ self.lora_A
+        A, B = self.factors()
+        V = W + self.scaling * B @ A
         return V * (self.lora_magnitude_vector / self.norms()).unsqueeze(1) - W
 """
 }
@@ -59,16 +61,34 @@ MUTANTS = [
     Mutant("dropout forgotten in __init__", "lora_dropout=lora_dropout, ", "", "pass all five"),
     Mutant("norms: columns", RETURN_NORMS, f"return ({V_NORM}).norm(dim=0)", "norm of each column"),
     Mutant("norms: W alone", RETURN_NORMS, "return of_W.sqrt()", "the norm of W alone"),
-    Mutant("norms: no scaling", "self.lora_B, self.scaling\n", "self.lora_B, 1\n", "the scaling is missing"),
+    Mutant("norms: no scaling", "self.factors(), self.scaling\n", "self.factors(), 1\n", "the scaling is missing"),
     Mutant("norms: squares", RETURN_NORMS, f"return ({V_NORM}).square().sum(1)", "the root is missing"),
     Mutant("norms: no cross term", " + 2 * s * mixed", "", "the term in the middle is missing"),
     Mutant("norms: cross term once", "2 * s * mixed", "s * mixed", "counts twice"),
     Mutant("norms: s not squared", "s * s * of_BA", "s * of_BA", "square the scaling too"),
     Mutant(
-        "norms: stale after start_from",
+        "norms: stale after a change of W",
         ("nn.Parameter(m)", RETURN_NORMS),
         ("nn.Parameter(m)\n        self.squares = m.detach() ** 2", RETURN_NORMS.replace("of_W", "self.squares")),
         "that of the old W",
+    ),
+    Mutant(
+        "norms: start left out",
+        "self.float_weight(), self.factors(), self.scaling",
+        "self.float_weight(), (self.lora_A, self.lora_B), self.scaling",
+        "what they began as has to be taken off",
+    ),
+    Mutant(
+        "forward: start left out",
+        "A, B = self.factors()\n        return (x",
+        "A, B = self.lora_A, self.lora_B\n        return (x",
+        "what they began as has to be taken off",
+    ),
+    Mutant(
+        "delta_weight: start left out",
+        "A, B = self.factors()\n        V",
+        "A, B = self.lora_A, self.lora_B\n        V",
+        "what they began as has to be taken off",
     ),
     Mutant(
         "norms: added in place",
@@ -82,8 +102,8 @@ MUTANTS = [
     ),
     Mutant(
         "norms: of the merged weight",
-        "W, A, B, s = self.float_weight()",
-        "W, A, B, s = self.base_layer.weight.to(self.lora_A.dtype)",
+        "W, (A, B), s = self.float_weight()",
+        "W, (A, B), s = self.base_layer.weight.to(self.lora_A.dtype)",
         "float_weight() gives the W from before",
     ),
     Mutant("gradient through the norm", "self.norms().detach()", "self.norms()", "in backward ‖V‖ is a constant"),
@@ -137,26 +157,26 @@ MUTANTS = [
         "return self.base_layer(x)",
         "knows the W from before",
     ),
-    Mutant("update: W not subtracted", ".unsqueeze(1) - W", ".unsqueeze(1)", "W is not subtracted"),
+    Mutant("delta_weight: W not subtracted", ".unsqueeze(1) - W", ".unsqueeze(1)", "W is not subtracted"),
     Mutant(
-        "update: plain LoRA's",
+        "delta_weight: plain LoRA's",
         "return V * (self.lora_magnitude_vector / self.norms()).unsqueeze(1) - W",
         "return V - W",
-        "plain LoRA's update",
+        "plain LoRA's ΔW",
     ),
-    Mutant("update: by column", ".unsqueeze(1) - W", " - W", "make it (out, 1)"),
+    Mutant("delta_weight: by column", ".unsqueeze(1) - W", " - W", "make it (out, 1)"),
     Mutant(
-        "update: of the merged weight",
-        "W = self.float_weight()\n        V",
-        "W = self.base_layer.weight\n        V",
+        "delta_weight: of the merged weight",
+        "W = self.float_weight()\n        A",
+        "W = self.base_layer.weight\n        A",
         "float_weight() gives the W from before",
     ),
     Mutant(
-        "update: half precision",
+        "delta_weight: half precision",
         "return V * (self.lora_magnitude_vector / self.norms()).unsqueeze(1) - W",
         "g = self.lora_magnitude_vector / self.norms()\n"
         "        return (V * g[:, None] - W).to(self.base_layer.weight.dtype)",
-        "the dtype of update()",
+        "the dtype of delta_weight()",
     ),
     Mutant(
         "norms: W added to in place",
@@ -165,10 +185,10 @@ MUTANTS = [
         "float_weight() may be the base's weight itself",
     ),
     Mutant(
-        "update: W added to in place",
-        ("V = W + self.scaling * self.lora_B @ self.lora_A", "unsqueeze(1) - W"),
+        "delta_weight: W added to in place",
+        ("V = W + self.scaling * B @ A", "unsqueeze(1) - W"),
         (
-            "V = W.clone().add_(self.scaling * self.lora_B.detach() @ self.lora_A.detach())",
+            "V = W.clone().add_(self.scaling * B.detach() @ A.detach())",
             "unsqueeze(1).detach() - W.clone() + 0 * W.add_(V - W)",
         ),
         "changed the base's weight",

@@ -7,7 +7,7 @@ SOLUTION = {
 class PrefixTuning:
     @staticmethod
     def start(model, ids):
-        seen = model.new_cache(1)
+        seen = KVCache()
         model(ids, seen)
         rows = []
         for place in range(ids.shape[1]):
@@ -33,7 +33,10 @@ class PrefixTuning:
             k, v = blocks[:, layer, 0], blocks[:, layer, 1]  # (n, K, D)
             k, v = k.transpose(0, 1), v.transpose(0, 1)
             layers[layer] = tuple(x.unsqueeze(0).repeat(rows, 1, 1, 1) for x in (k, v))
-        cache = KVCache(padding, layers)
+        mask = None
+        if padding is not None:
+            mask = torch.cat([torch.zeros(rows, len(numbers), dtype=torch.bool), padding], dim=1)
+        cache = KVCache(mask, layers)
         return cache
 """
 }
@@ -128,18 +131,24 @@ MUTANTS = [
         ),
         "used as they are",
     ),
+    Mutant("new_cache: padding lost", "KVCache(mask, layers)", "KVCache(None, layers)", "pass padding on"),
     Mutant(
-        "new_cache: filled afterwards",
-        "cache = KVCache(padding, layers)",
-        "cache = KVCache(padding)\n        cache.layers = layers",
-        "front is counted while the cache is made",
+        "new_cache: padding as given", "KVCache(mask, layers)", "KVCache(padding, layers)", "put n columns of False"
     ),
-    Mutant("new_cache: padding lost", "KVCache(padding, layers)", "KVCache(None, layers)", "pass padding on"),
     Mutant(
-        "new_cache: padding with the prefix",
-        "KVCache(padding, layers)",
-        "KVCache(None if padding is None else padding + self.length, layers)",
-        "padding counts a row's pad tokens alone",
+        "new_cache: prefix as padding", "torch.zeros(rows,", "torch.ones(rows,", "columns of the prefix are no padd"
+    ),
+    Mutant(
+        "new_cache: prefix behind the text",
+        "torch.cat([torch.zeros(rows, len(numbers), dtype=torch.bool), padding], dim=1)",
+        "torch.cat([padding, torch.zeros(rows, len(numbers), dtype=torch.bool)], dim=1)",
+        "the prefix stands in front of the text",
+    ),
+    Mutant(
+        "new_cache: padding for all",
+        "mask = None\n",
+        "mask = torch.zeros(rows, len(numbers), dtype=torch.bool)\n",
+        "None stays None",
     ),
     Mutant(
         "forward: padding lost",

@@ -3,7 +3,7 @@
 from mutants import Mutant
 
 SOLUTION = {
-    "lora": """
+    "fast": """
 def rows(t):
     return t.reshape(-1, t.shape[-1])
 

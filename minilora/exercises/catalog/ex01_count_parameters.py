@@ -6,7 +6,8 @@ from torch import nn
 from minilora.adapters.inject import count_parameters
 from minilora.exercises.checking import SIZES, Draw, Exercise, expect, require
 from minilora.exercises.layers import assemble
-from minilora.quant import Linear4bit
+from minilora.linear4bit import Linear4bit
+from minilora.quant import Quantization
 
 EXERCISE = Exercise(
     number=1,
@@ -140,8 +141,8 @@ def four_bits(draw: Draw):
     for most in SIZES:
         out, more = (draw.integer(1, most // 2) for _ in range(2))
         out, d = 2 * out + 1, 2 * more + 3  # both odd: the last byte holds one code
-        options = {"block_size": 16, "double_quant": draw.choice([False, True])}
-        layer = Linear4bit(d, out, **options)
+        quantization = Quantization(block_size=16, double_quant=draw.choice([False, True]))
+        layer = Linear4bit(d, out, True, quantization)
         n, stored = d * out, sum(tensor.numel() for tensor in layer.buffers())
         slips = {
             "the weight in 4 bits is not counted: it is in buffers, not in parameters": (out, out),
@@ -155,7 +156,7 @@ def four_bits(draw: Draw):
         expect(counted(nn.Sequential(nn.Tanh(), layer)), (out, out + n), case, slips, "(trainable, all)")
 
         r = draw.integer(1, 2)  # QLoRA: the same with A and B around it, and everything else frozen
-        net = nn.ModuleDict({"block": nn.ModuleList([assemble(draw, Linear4bit(d, out, False, **options), r, 1)])})
+        net = nn.ModuleDict({"block": nn.ModuleList([assemble(draw, Linear4bit(d, out, False, quantization), r, 1)])})
         t = r * (d + out)
         slips = {
             "the weight in 4 bits of a layer further down is not counted": (t, t),

@@ -4,16 +4,15 @@ import torch
 from torch import Tensor, nn
 
 from minilora.exercises.checking import SIZES, Draw, Exercise, Wrong, expect, require
-from minilora.exercises.layers import lora_layer, written_out
-from minilora.lora import lora_reference
+from minilora.exercises.layers import assemble, lora_layer, written_out
 
 EXERCISE = Exercise(
     number=2,
     slug="lora_forward",
     title="The LoRA forward pass",
-    targets=("lora:lora_reference", "lora:LoRALinear.forward"),
+    targets=("lora:LoRALinear.forward",),
     difficulty=1,
-    minutes=35,
+    minutes=30,
     notebook="01_lora_from_scratch",
     section="2. The layer",
     explanation="""\
@@ -25,46 +24,56 @@ squeezes x through a narrow waist of r numbers and widens it again:
 Nothing of size (out, in) is made: A x first, r numbers for each token, and then B of that. Inputs have any number of
 leading dimensions, (in,), (N, in) or (batch, T, in); only the last one is multiplied.
 
-`lora_reference` is that formula as a function. `LoRALinear.forward` is the same on the layer's own parts, and knows
-three states besides: switched off (`enabled` is False: the base layer's output), merged (the update lies in W already),
-and dropout while training, which acts on the input of A and nowhere else, so that W x keeps all of x. A switched-off
-layer that is merged uses `original_weight`, the W from before. What dropout keeps it divides by 1 - p. The base layer
-may lack a bias, or be one in 4 bits, which has a `forward` and no `weight`; only what is merged is an `nn.Linear`.
-You may leave out the two cheap ways (`FormedWeight`, `LowRankTerm`) and `start_A`: plain autograd over the formula is
-right.""",
+`LoRALinear.forward` has the parts on the layer: `self.base_layer(x)` is W x + b, `self.scaling` is s, and
+`self.factors()` gives A and B. Mostly these are `lora_A` and `lora_B`; after a start from W (PiSSA, exercise 10) they
+have 2r rows and columns, and nothing else changes. The base layer may lack a bias, or be one in 4 bits, which has a
+`forward` and no `weight`. Beside a base in half precision A and B are float32: cast what is multiplied to the dtype of
+the base's output, which is that of y.
+
+The layer has three states besides. Switched off (`enabled` is False) it gives the base layer's output. Merged, the
+update lies in W already; a merged layer that is switched off uses `original_weight`, the W from before, and what is
+merged is an `nn.Linear`. While training, dropout acts on the input of A and nowhere else, so that W x keeps all of x.
+What dropout keeps it divides by 1 - p.
+
+The layers of a model are of the subclass `FastLoRALinear`, which computes the same faster (exercise 18) and comes here
+only when it is switched off or merged. `use("work")` gives them your forward throughout, until 18 is written too.""",
     hints=(
         "nn.Linear stores W as (out, in) and computes x @ W.T; F.linear(x, W) does that for any leading dimensions.",
         "The narrow path is F.linear(F.linear(x, A), B), times the scaling, which the layer has as self.scaling.",
-        "forward: `if not self.enabled` return the base's output (F.linear with original_weight if merged); `if "
-        "self.merged` return self.base_layer(x); otherwise base_layer(x) + self.scaling * B(A(dropout(x))), with "
-        "F.dropout(x, self.lora_dropout, self.training).",
+        "If merged and not enabled, return F.linear(x, self.original_weight, self.base_layer.bias). y = "
+        "self.base_layer(x). If merged or not enabled, return y. Otherwise y + self.scaling * B(A(dropout(x))), with "
+        "A and B of self.factors(), F.dropout(x, self.lora_dropout, self.training), and .to(y.dtype) on all three.",
     ),
     question="Why does LoRA's dropout act on the input of A only, and not on the sum W x + s·B(A x)?",
     spoilers=("return self.base_layer(x) + self.scaling * F.linear(",),
 )
 
 
-@EXERCISE.property("lora_reference: y = W x + b + s·B(A x), with and without a bias")
-def reference(draw: Draw):
+@EXERCISE.property("y = W x + b + s·B(A x), with and without a bias")
+def formula(draw: Draw):
     for most in SIZES:
-        n, d, out, r = (draw.integer(1, most) for _ in range(4))
-        W, A, B, bias = draw.normal(out, d), draw.normal(r, d), draw.normal(out, r), draw.normal(out)
-        x, s = draw.normal(n, d), draw.number(0.3, 3)
-        for b in (bias, None):
+        for bias in (True, False):
+            layer = lora_layer(draw, most)
+            layer.lora_alpha = layer.r + draw.integer(1, 9)
+            layer.scaling = layer.lora_alpha / layer.r
+            if not bias:
+                layer.base_layer.bias = None
+            x, s = draw.normal(draw.integer(1, most), layer.in_features), layer.scaling
+            W, b, A, B = layer.base_layer.weight, layer.base_layer.bias, layer.lora_A, layer.lora_B
             case = {"x": x, "W": W, "bias": b, "A": A, "B": B, "scaling": s}
-            y = lora_reference(x, W, b, A, B, s)
             slips = {
                 "the update is not scaled: multiply B(A x) by the scaling": written_out(x, W, b, A, B, 1),
                 "the scaling reaches W x as well; it belongs to the update alone": s * written_out(x, W, b, A, B, 1),
                 "the bias is missing": written_out(x, W, None, A, B, s),
                 "the bias is scaled with the update": written_out(x, W, b, A, B, s) + (0 if b is None else (s - 1) * b),
                 "W x is missing: the update is added to the layer's output": s * x @ A.T @ B.T,
+                "your update is r times too large: did you divide alpha by r?": written_out(x, W, b, A, B, s * layer.r),
             }
-            expect(y, written_out(x, W, b, A, B, s), case, slips, "y")
+            expect(layer(x), written_out(x, W, b, A, B, s), case, slips, "y")
 
 
-@EXERCISE.property("forward: the same for a layer, with r and lora_alpha of any size")
-def formula(draw: Draw):
+@EXERCISE.property("s is the layer's scaling, for r and lora_alpha of any size, and for rsLoRA")
+def scaling(draw: Draw):
     for most in SIZES:
         layer = lora_layer(draw, most, r=draw.integer(2, most))
         x = draw.normal(2, layer.in_features)
@@ -77,10 +86,51 @@ def formula(draw: Draw):
             "that is the base layer alone: the update is not added": written_out(x, W, b, A, B, 0),
             "the scaling acts twice": written_out(x, W, b, A, B, (alpha / r) ** 2),
         }
-        expect(layer(x), written_out(x, W, b, A, B, alpha / r), {"x": x, "r": r, "lora_alpha": alpha}, slips, "y")
+        case = {"x": x, "r": r, "lora_alpha": alpha}
+        expect(layer(x), written_out(x, W, b, A, B, alpha / r), case, slips, "y")
+        layer.scaling = alpha / r**0.5
+        slip = "that is plain LoRA's scaling, and this layer is of rsLoRA: take self.scaling, which knows"
+        right, case = written_out(x, W, b, A, B, layer.scaling), {**case, "self.scaling": layer.scaling}
+        expect(layer(x), right, case, {slip: written_out(x, W, b, A, B, alpha / r)}, "y")
 
 
-@EXERCISE.property("forward: any leading dimensions, (in,), (N, in), (batch, T, in)")
+@EXERCISE.property("after a start from W, A and B are those of self.factors()")
+def started_from_weight(draw: Draw):
+    for most in SIZES:
+        layer = lora_layer(draw, most)
+        W, b, A, B, s = *layer.base_layer.parameters(), layer.lora_A, layer.lora_B, layer.scaling
+        layer.start_A, layer.start_B = draw.normal(*A.shape), draw.normal(*B.shape)
+        x, start = draw.normal(2, layer.in_features), s * torch.einsum("or,ri->oi", layer.start_B, layer.start_A)
+        plain = written_out(x, W, b, A, B, s)
+        slips = {
+            "those are lora_A and lora_B; what they began as has to be taken off: self.factors()": plain,
+            "the start is added; self.factors() takes it off": plain + x @ start.T,
+            "that is the start alone, taken off": written_out(x, W, b, A, B, 0) - x @ start.T,
+        }
+        case = {"A": A, "B": B, "start_A": layer.start_A, "start_B": layer.start_B, "x": x}
+        expect(layer(x), plain - x @ start.T, case, slips, "y")
+
+
+@EXERCISE.property("in half precision and under autocast, y has the dtype of the base layer's output")
+def half_precision(draw: Draw):
+    wide, half = torch.float32, torch.bfloat16
+    for of_base, of_x, autocast in ((half, half, False), (wide, wide, True), (wide, wide, False)):
+        base = nn.Linear(draw.integer(2, 4), draw.integer(2, 4))
+        for parameter in base.parameters():
+            parameter.data = draw.normal(*parameter.shape).abs().to(of_base)
+        layer = assemble(draw, base, 2, 3)  # positive numbers: nothing cancels, so all digits count
+        layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.abs().to(wide), layer.lora_B.data.abs().to(wide)
+        x = draw.normal(3, layer.in_features).abs().to(of_x)
+        case = {"base_layer": of_base, "x": of_x, "A and B": wide, "autocast": autocast}
+        with torch.autocast("cpu", half, enabled=autocast):
+            wanted, found = base(x).dtype, layer(x)
+        slip = "A and B widen the sum: cast A, B and their input to the dtype of the base layer's output"
+        require(found.dtype == wanted, f"y: expected {wanted}, got {found.dtype}", case, slip)
+        parts = [t.detach().double() for t in (*base.parameters(), layer.lora_A, layer.lora_B)]
+        expect(found, written_out(x.double(), *parts, layer.scaling), case, what="y", tolerance=0.03)
+
+
+@EXERCISE.property("any leading dimensions, (in,), (N, in), (batch, T, in)")
 def leading_dimensions(draw: Draw):
     for most in SIZES:
         layer = lora_layer(draw, most)
@@ -102,7 +152,7 @@ class Bare(nn.Module):
         return x @ self.stored[0].T + self.stored[1]
 
 
-@EXERCISE.property("forward: around a base layer that is no nn.Linear and has no weight")
+@EXERCISE.property("around a base layer that is no nn.Linear and has no weight")
 def any_base(draw: Draw):
     for most in SIZES:
         layer = lora_layer(draw, most)
@@ -118,7 +168,7 @@ def any_base(draw: Draw):
             expect(y, written_out(x, W, b, A, B, expected), {**case, "enabled": layer.enabled}, what="y")
 
 
-@EXERCISE.property("forward: gradients of x, A and B as the formula has them")
+@EXERCISE.property("gradients of x, A and B as the formula has them")
 def gradients(draw: Draw):
     for most in SIZES:
         layer = lora_layer(draw, most)
@@ -136,7 +186,7 @@ def gradients(draw: Draw):
             expect(got, wanted, {"in": layer.in_features, "out": layer.out_features, "r": layer.r}, what=f"dL/d{name}")
 
 
-@EXERCISE.property("forward: switched off it is the base layer, merged or not")
+@EXERCISE.property("switched off it is the base layer, merged or not")
 def switched_off(draw: Draw):
     for most, bias in [(most, bias) for most in SIZES for bias in (True, False)]:
         layer = lora_layer(draw, most)
@@ -158,7 +208,7 @@ def switched_off(draw: Draw):
         expect(layer(x), wrong, {"x": x, "enabled": True, "merged": True}, {slip: twice}, "y")
 
 
-@EXERCISE.property("forward: dropout on the input of A only, while training, and right on average")
+@EXERCISE.property("dropout on the input of A only, while training, and right on average")
 def dropout(draw: Draw):
     layer = lora_layer(draw, 6, dropout=0.5)
     W, b, A, B, s = *layer.base_layer.parameters(), layer.lora_A, layer.lora_B, layer.scaling

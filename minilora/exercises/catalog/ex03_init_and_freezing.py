@@ -7,8 +7,8 @@ from minilora.adapters.dora import DoRALinear
 from minilora.adapters.inject import train_adapter_only
 from minilora.exercises.checking import SIZES, Draw, Exercise, expect, expect_error, require
 from minilora.exercises.layers import assemble, written_out
+from minilora.linear4bit import Linear4bit
 from minilora.lora import LoRALinear
-from minilora.quant import Linear4bit
 
 EXERCISE = Exercise(
     number=3,
@@ -29,7 +29,7 @@ the layer starts as its base, and A random, so B learns at once. With both zero,
   and `scaling`: lora_alpha / r, with use_rslora lora_alpha / √r. Write that out; `lora_scaling` is exercise 07.
 - the parameters `lora_A` (r, in), uniform within ±1/√in, and `lora_B` (out, r), zeros. They are float32, float64 on a
   float64 base, on the base's device. A base in 4 bits (`Linear4bit`) has buffers and no `weight`.
-- `original_mark` (None), and buffers that are None: `original_weight` (persistent=False), `start_A`, `start_B`.
+- three buffers that are None: `original_weight` (persistent=False), `start_A` and `start_B`.
 - training mode: the base's.
 
 Before that, `check_hyperparameters(r, lora_alpha, lora_dropout)` refuses bad values with a ValueError. Whether the base
@@ -208,7 +208,6 @@ def state(draw: Draw):
         require(layer.training is training, f"training is {layer.training}", case, slip)
         require(base.training is training, "the base has changed its mode", case)
         weight = base.weight.detach()
-        require(layer.original_mark is None, "original_mark should be None", case)
         for name in ("original_weight", "start_A", "start_B"):
             require(getattr(layer, name) is None, f"{name} should be None", case)
             slip = "register_buffer(name, None); what is assigned to a plain attribute does not move with the module"

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from minilora.adapters.inject import apply_lora, find_targets
+from minilora.config import LoRAConfig
 from minilora.exercises.checking import SIZES, Draw, Exercise, expect, expect_error, require
 from minilora.exercises.layers import assemble
-from minilora.lora import LoRAConfig, LoRALinear
-from minilora.quant import Linear4bit
+from minilora.linear4bit import Linear4bit
+from minilora.lora import LoRALinear
 
 EXERCISE = Exercise(
     number=4,
@@ -34,21 +35,24 @@ A model is not rewritten for LoRA: some of its linear layers are replaced by a `
 A list entry or an expression that matches nothing, an empty list and a broken expression are a ValueError that names
 them. A typo must not pass unnoticed because other entries match.
 
-`apply_lora(model, config)` puts a `LoRALinear` in the place of each target, around the very layer that was there,
-notes the config as `model.lora_config`, freezes all but A and B, and returns the model. Everything that can be refused
-is refused before anything is changed. It warns, naming the layer, where r (by rank_pattern too) exceeds in or out.
+`apply_lora(model, config, batches)` puts a `LoRALinear` in the place of each target, around the very layer that was
+there, notes the config as `model.lora_config`, freezes all but A and B, and returns the model. What `check_targets`
+refuses is refused before anything is changed. It warns, naming the layer, where r (by rank_pattern too) exceeds in or
+out.
+
 Helpers stand ready: `check_targets(model, config)` finds the names and refuses what must be refused, `linear_layers`
-gives the layers by name, in 4 bits too, `pattern_value` the r of one layer, `make_layer(layer, name, config)` the
-wrapper, `put(model, name, module)` replaces, `train_adapter_only` freezes. Leave out the starts
-(`init_lora_weights`).""",
+gives the layers by name, in 4 bits too, `layer_rank(config, name)` the r of one layer, `make_layer(layer, name,
+config)` the wrapper, `replace_module(model, name, module)` replaces, `train_adapter_only` freezes. Not asked for are
+other starts than LoRALinear's own: leave out `config.init_lora_weights` and `batches`, and with them `check_start`,
+`eva_directions` and `start_layer`.""",
     hints=(
         "A list entry fits where the name is the entry, or ends with a dot and the entry. For a string, re.fullmatch "
         "is the rule, not re.search or re.match; it raises re.error for a broken expression.",
         "Collect the entries that match no name first, and raise if there are any. Then go through the names, not the "
         "targets: that gives their order and each once. In apply_lora, check first, and change afterwards.",
-        "apply_lora: targets = check_targets(model, config); layers = linear_layers(model); for each target put(model, "
-        "name, make_layer(layers[name], name, config)), after a warnings.warn if its r is above min(in, out); then "
-        "model.lora_config = config, and train_adapter_only(model) last.",
+        "apply_lora: targets = check_targets(model, config); layers = linear_layers(model); for each target "
+        "replace_module(model, name, make_layer(layers[name], name, config)), after a warnings.warn if its r is above "
+        "min(in, out); then model.lora_config = config, and train_adapter_only(model) last.",
     ),
     question="Why is an entry that matches nothing an error, although the other entries match? What would you notice "
     "in training if it were passed over?",
@@ -211,7 +215,7 @@ def in_place(draw: Draw):
             right, case = ends(linears, *kinds), {"linear layers": linears, "target_modules": targets}
             returned = apply_lora(net, LoRAConfig(r=2, target_modules=targets))
             slips = {
-                "no wrapper is in the model: set it as attribute of the module above, as put does": [],
+                "no wrapper is in the model: set it as attribute of the module above, as replace_module does": [],
                 "every linear layer is wrapped, target or not": linears,
                 "only the first target is wrapped": right[:1],
                 "layers in 4 bits are passed over; linear_layers(model) has them too": [
@@ -240,7 +244,7 @@ def settings(draw: Draw):
         require(wrapped(net) == names, f"expected LoRALinears at {names}, found them at {wrapped(net)}")
         right = {"r": [2, 2, 3, 2], "lora_alpha": [alpha, own] * 2, "lora_dropout": [0.25] * 4}
         slips = {
-            "r": {"rank_pattern is passed over: make_layer or pattern_value looks into it": [2] * 4},
+            "r": {"rank_pattern is passed over: make_layer or layer_rank looks into it": [2] * 4},
             "lora_alpha": {"alpha_pattern is passed over: make_layer or pattern_value looks into it": [alpha] * 4},
             "lora_dropout": {"lora_dropout is not passed on": [0.0] * 4},
         }

@@ -11,7 +11,7 @@ EXERCISE = Exercise(
     number=5,
     slug="merge",
     title="Merging and taking it out again",
-    targets=("lora:LoRALinear.product", "lora:LoRALinear.merge", "lora:LoRALinear.unmerge"),
+    targets=("lora:LoRALinear.delta_weight", "lora:LoRALinear.merge", "lora:LoRALinear.unmerge"),
     difficulty=2,
     minutes=25,
     notebook="01_lora_from_scratch",
@@ -20,25 +20,26 @@ EXERCISE = Exercise(
 W x + b + s·B(A x) is (W + s·BA) x + b. So a trained update can be added to the weight, once, and the model then costs
 what the base costs.
 
-`product(A, B)` gives s·BA, (out, in), for any A (r, in) and B (out, r), with the layer's `scaling` for s. A and B in
-half precision are multiplied in float32 or wider, and the result stays as wide.
+`delta_weight()` gives ΔW = s·BA, (out, in): s is the layer's `scaling`, A (r, in) and B (out, r) are those of
+`self.factors()`, mostly `lora_A` and `lora_B`. A and B in half precision are multiplied in float32 or wider, and the
+result stays as wide.
 
-`merge` adds `self.update()` to `base_layer.weight`. For plain LoRA that is `product` of the layer's own A and B; a
-variant such as DoRA has an `update` of its own. Before, it keeps a copy of W in `original_weight`, and `self.merged` is
-True as long as there is one: a second merge changes nothing. A bfloat16 weight has 8 binary digits, so add in float32
-and round once. A base that is no `nn.Linear` is refused with a ValueError that names its type, and nothing is changed.
+`merge` adds `self.delta_weight()` to `base_layer.weight`; a variant such as DoRA has a `delta_weight` of its own.
+Before, it keeps a copy of W in `original_weight`, and `self.merged` is True as long as there is one: a second merge
+changes nothing. A bfloat16 weight has 8 binary digits, so add in float32 and round once. A base that is no `nn.Linear`
+is refused with a ValueError that names its type, and nothing is changed.
 
 `unmerge` puts the copied weight back, bit for bit, and sets `original_weight` to None. Subtracting would not do:
 W + ΔW was rounded, and what it lost is gone. On a layer that is not merged it does nothing.
 
 The weight stays the same frozen parameter throughout; only its numbers change, and no gradient is recorded.""",
     hints=(
-        "product is one line: torch.promote_types(A.dtype, torch.float32) says how wide, then scaling times B @ A. "
+        "delta_weight: torch.promote_types(A.dtype, torch.float32) says how wide, then scaling times B @ A. "
         "Changing a parameter's numbers needs `with torch.no_grad()` and `copy_`.",
         "PyTorch adds a bfloat16 and a float32 tensor in float32, and `weight.copy_(wide)` rounds to the weight's own "
-        "type. `+=` on the weight would do the same; `update.to(weight.dtype)` before adding rounds twice.",
+        "type. `+=` on the weight would do the same; `delta.to(weight.dtype)` before adding rounds twice.",
         "merge: return if self.merged; raise ValueError unless isinstance(self.base_layer, nn.Linear); original_weight "
-        "becomes weight.detach().clone(); copy weight + self.update() into the weight. unmerge: if merged, copy "
+        "becomes weight.detach().clone(); copy weight + self.delta_weight() into the weight. unmerge: if merged, copy "
         "original_weight back and set it to None.",
     ),
     question="An adapter is merged, swapped for another and swapped back a hundred times. Why does subtracting ΔW harm "
@@ -47,10 +48,10 @@ The weight stays the same frozen parameter throughout; only its numbers change, 
 
 
 class Variant(LoRALinear):
-    """A layer whose update is its own, as DoRA's is."""
+    """A layer whose ΔW is its own, as DoRA's is."""
 
-    def update(self) -> Tensor:
-        return self.own_update
+    def delta_weight(self) -> Tensor:
+        return self.own
 
 
 class NotLinear(nn.Module):
@@ -74,47 +75,66 @@ def short(draw: Draw, *shape: int, digits: int = 6) -> Tensor:
     return (draw.normal(*shape) * most / 3).round().clamp(1 - most, most - 1) / 64
 
 
-@EXERCISE.property("product: s·BA, (out, in), of the A and B it is given")
-def product(draw: Draw):
+def started(draw: Draw, layer: LoRALinear) -> Tensor:
+    """Gives the layer a start from W, as PiSSA does: s·B₀A₀, which its factors take off."""
+    layer.start_A, layer.start_B = draw.normal(*layer.lora_A.shape), draw.normal(*layer.lora_B.shape)
+    return layer.scaling * torch.einsum("or,ri->oi", layer.start_B, layer.start_A)
+
+
+@EXERCISE.property("delta_weight: s·BA, (out, in), and A and B stay as they are")
+def delta_weight(draw: Draw):
     for most in SIZES:
         for square in (True, False):
             d, r = draw.integer(2, most), draw.integer(2, most)
             base = nn.Linear(d, d if square else draw.integer(1, most)).double()
             layer = assemble(draw, base, r, draw.integer(r + 1, r + 12))
             layer.scaling = layer.lora_alpha / r**0.5  # as with rsLoRA: the layer knows its scaling
-            own, s = change(layer), layer.scaling
-            A, B = draw.normal(r, d), draw.normal(layer.out_features, r)
-            before, wanted = (A.clone(), B.clone()), s * torch.einsum("or,ri->oi", B, A)
+            A, B, s = layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling
+            before, wanted = (A.clone(), B.clone()), change(layer)
             case = {"A": A, "B": B, "scaling": s}
             slips = {
                 "the scaling is missing: it is self.scaling": wanted / s,
                 "alpha / r is not this layer's scaling: use self.scaling, which knows of rsLoRA": wanted
                 * (layer.lora_alpha / r / s),
                 "the scaling acts twice": wanted * s,
-                "these are the layer's own A and B; multiply the arguments": own,
                 "that is (BA) transposed": wanted.T,
                 "that is A @ B; the product is B @ A": lambda A=A, B=B, s=s: s * A @ B if len(B) == A.shape[1] else 0,
             }
-            expect(layer.product(A, B), wanted, case, slips, "product(A, B)")
+            expect(layer.delta_weight(), wanted, case, slips, "delta_weight()")
             kept = A.equal(before[0]) and B.equal(before[1])
-            require(kept, "product changed the A or B it was given", case, "an operation in place, such as B *= s")
+            require(kept, "delta_weight changed A or B", case, "an operation in place, such as B *= s")
 
 
-@EXERCISE.property("product: half-precision A and B are multiplied in float32 at least")
-def product_is_wide(draw: Draw):
+@EXERCISE.property("delta_weight: after a start from W, s·(BA - B₀A₀), by way of factors()")
+def delta_weight_of_factors(draw: Draw):
+    for most in SIZES:
+        layer = lora_layer(draw, most, r=draw.integer(2, most))
+        BA, start = change(layer), started(draw, layer)
+        slips = {
+            "that is lora_B times lora_A; what they began as has to be taken off: self.factors()": BA,
+            "the start is added; self.factors() takes it off": BA + start,
+        }
+        case = {"s·BA": BA, "s·B₀A₀": start}
+        expect(layer.delta_weight(), BA - start, case, slips, "delta_weight()")
+
+
+@EXERCISE.property("delta_weight: half-precision A and B are multiplied in float32 at least")
+def delta_weight_is_wide(draw: Draw):
     for most in (3, 12):
         layer = lora_layer(draw, most, r=3)
         layer.scaling = 0.5
         A, B = short(draw, 3, most).bfloat16(), short(draw, most, 3).bfloat16()
-        found, case = layer.product(A, B), {"A": A, "B": B, "scaling": 0.5}
+        layer.lora_A.data, layer.lora_B.data = A, B
+        found, case = layer.delta_weight(), {"A": A, "B": B, "scaling": 0.5}
         slip = "widen A and B before they are multiplied, to torch.promote_types(A.dtype, torch.float32)"
         wide = found.dtype in (torch.float32, torch.float64)
-        require(wide, f"expected a product in float32 at least, got {found.dtype}", case, slip)
+        require(wide, f"expected ΔW in float32 at least, got {found.dtype}", case, slip)
         slip = "widened too late: the product was rounded to bfloat16 already"
-        expect(found, 0.5 * B.double() @ A.double(), case, {slip: 0.5 * (B @ A).double()}, "product(A, B)")
-        wide = layer.product(A.double(), B.double()).dtype
+        expect(found, 0.5 * B.double() @ A.double(), case, {slip: 0.5 * (B @ A).double()}, "delta_weight()")
+        layer.lora_A.data, layer.lora_B.data = A.double(), B.double()
+        wide = layer.delta_weight().dtype
         slip = "float64 was narrowed: widen to torch.promote_types(A.dtype, torch.float32)"
-        require(wide == torch.float64, f"expected a product in float64 for A and B in float64, got {wide}", case, slip)
+        require(wide == torch.float64, f"expected ΔW in float64 for A and B in float64, got {wide}", case, slip)
 
 
 @EXERCISE.property("merge: the weight becomes W + s·BA; bias, A and B stay")
@@ -144,25 +164,23 @@ def merge(draw: Draw):
         expect(layer.original_weight, W, case, {slip: W + U}, "original_weight", 0)
 
 
-@EXERCISE.property("merge: what is added is self.update(), also where a variant has its own")
-def merge_update(draw: Draw):
+@EXERCISE.property("merge: what is added is self.delta_weight(), also where a variant or a start has its own")
+def merge_delta_weight(draw: Draw):
     for most in SIZES:
         layer = lora_layer(draw, most, r=draw.integer(2, most), kind=Variant)
         W = layer.base_layer.weight.detach().clone()
-        layer.own_update = draw.normal(layer.out_features, layer.in_features)
-        case = {"W": W, "self.update()": layer.own_update}
+        layer.own = draw.normal(layer.out_features, layer.in_features)
+        case = {"W": W, "self.delta_weight()": layer.own}
         layer.merge()
-        slip = "that is product(A, B); merge adds self.update(), which DoRA and others compute in their own way"
-        expect(layer.base_layer.weight, W + layer.own_update, case, {slip: W + change(layer)}, "the merged weight")
+        slip = "that is s·BA; merge adds self.delta_weight(), which DoRA and others compute in their own way"
+        expect(layer.base_layer.weight, W + layer.own, case, {slip: W + change(layer)}, "the merged weight")
 
         layer = lora_layer(draw, most, r=draw.integer(2, most))
-        W, U = layer.base_layer.weight.detach().clone(), change(layer)
-        layer.start_A, layer.start_B = draw.normal(*layer.lora_A.shape), draw.normal(*layer.lora_B.shape)  # as PiSSA
-        start = layer.scaling * torch.einsum("or,ri->oi", layer.start_B, layer.start_A)
+        W, BA, start = layer.base_layer.weight.detach().clone(), change(layer), started(draw, layer)
         layer.merge()
-        slip = "that is delta_weight(), less what A and B were at the start; W lacks that already, so add update()"
-        case = {"W": W, "self.update()": U, "s·B₀A₀ at the start": start}
-        expect(layer.base_layer.weight, W + U, case, {slip: W + U - start}, "the merged weight")
+        slip = "that is all of s·BA; of W the layer changes s·(BA - B₀A₀), which is self.delta_weight()"
+        case = {"W": W, "s·BA": BA, "s·B₀A₀ at the start": start}
+        expect(layer.base_layer.weight, W + BA - start, case, {slip: W + BA}, "the merged weight")
 
 
 @EXERCISE.property("merge: a bfloat16 weight is added to in float32 and rounded once")

@@ -13,15 +13,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minilora.adapters.adapter import Adapter
 from minilora.adapters.dora import DoRALinear
-from minilora.adapters.inject import Adapter, lora_layers
+from minilora.adapters.inject import lora_layers
+from minilora.config import LoRAConfig
 from minilora.exercises.checking import Draw, Exercise, expect, expect_error, require
 from minilora.exercises.layers import assemble
-from minilora.lora import LoRAConfig, LoRALinear
+from minilora.linear4bit import replace_module
+from minilora.lora import LoRALinear
 from minilora.model import GPT, GPTConfig
-from minilora.quant import put
 from minilora.storage.adapters import read_adapter, save_adapter
-from minilora.storage.models import fingerprint
+from minilora.storage.fingerprint import fingerprint
 
 EXERCISE = Exercise(
     number=6,
@@ -33,31 +35,30 @@ EXERCISE = Exercise(
     notebook="05_merge_swap_serve",
     section="2. What is in the file",
     explanation="""\
-An adapter is a folder of two files. `adapter_model.safetensors` (WEIGHTS) has two float32 tensors a layer, under
-PEFT's names: `base_model.model.<layer>.lora_A.weight` (r, in) and `.lora_B.weight` (out, r), for DoRA also
-`.lora_magnitude_vector` (out,). `adapter_config.json` (CONFIG) has the fields of `LoRAConfig` and those in FIXED.
-Without its base an adapter means nothing, so the metadata of the first file holds the base's fingerprint under
-`base_fingerprint` (FINGERPRINT).
+An adapter is a folder of two files. `adapter_model.safetensors` (ADAPTER_WEIGHTS) has two float32 tensors a layer,
+under PEFT's names: `base_model.model.<layer>.lora_A.weight` (r, in) and `.lora_B.weight` (out, r), for DoRA also
+`.lora_magnitude_vector` (out,). `adapter_config.json` (ADAPTER_CONFIG) has the fields of `LoRAConfig` and those in
+LORA_FIELDS. Without its base an adapter means nothing, so the metadata of the first file holds the base's fingerprint
+under `base_fingerprint`.
 
 `save_adapter`: `extract_adapter(model)` gives config, A, B and magnitude by layer, merged or not, also after a start
-from PiSSA, and refuses a plain model; `fingerprint(model)` is of the base from before. `write_pair` writes both files
-and raises a ValueError where it cannot. The note about 4 bits may be left out.
+from PiSSA, and refuses a plain model. `write_adapter(model, directory, tensors, settings)` writes both files, with the
+fingerprint of the model's base from before LoRA, and raises a ValueError where it cannot.
 
 `read_adapter` only reads: the model is as before. It returns an `Adapter` by plain layer name. FileNotFoundError for a
 missing folder or file; ValueError for damaged files, a config we cannot follow (`_read_config`) and a target that names
 no layer; ValueError naming every tensor that is missing, not expected or of the wrong shape, not the first alone;
-ValueError for another base.
-`force` forgives the base only. A file without a fingerprint is another library's and passes.
-Which layers a config means is `find_targets`, exercise 04.""",
+ValueError for another base, which `check_base(model, directory)` raises. `force` forgives the base only. A file without
+a fingerprint is another library's and passes. Which layers a config means is `find_targets`, exercise 04.""",
     hints=(
         "The helpers are in this module and imported at its top: _tensor_name(layer, 'lora_A'), _read_config(path), "
         "check_directory, read_header (name -> type and shape), check_tensors(where, expected, found).",
         "What to expect in a file follows from its config and the model's shapes. A second model without data shows "
         "them: `with torch.device('meta'): other = GPT(model.config)`, and check_targets(other, config) of "
-        "adapters.inject names the layers, each with r = pattern_value(config.rank_pattern, name, config.r).",
-        "save: write_pair(Path(directory), WEIGHTS, tensors, {'format': 'pt', FINGERPRINT: fingerprint(model)}, "
-        "CONFIG, {**FIXED, **asdict(adapter.config)}). read: directory, config, header, check_tensors on a dictionary "
-        "of all expected shapes; then open_safetensors, file.metadata(), file.get_tensor; last compare fingerprints.",
+        "adapters.inject names the layers, each with r = layer_rank(config, name).",
+        "save: write_adapter(model, directory, tensors, {**LORA_FIELDS, **asdict(adapter.config)}), the tensors under "
+        "_tensor_name. read: directory, config, header, check_tensors on a dictionary of all expected shapes; then "
+        "open_safetensors and file.get_tensor; check_base unless force; last Adapter(config, A, B, magnitude).",
     ),
     question="An adapter of one base has just the right shapes for another base of the same size. What happens if it "
     "is loaded, and why would no check of names and shapes ever notice?",
@@ -83,7 +84,7 @@ def adapted(draw: Draw, plain: GPT, kind: type = LoRALinear, **settings) -> GPT:
             layer = assemble(draw, linear, config.rank_pattern.get(last, config.r), config.lora_alpha, kind=kind)
             for parameter in (layer.lora_A, layer.lora_B):
                 parameter.data = parameter.data.float().to(torch.promote_types(linear.weight.dtype, torch.float32))
-            put(model, name, layer)
+            replace_module(model, name, layer)
     model.lora_config = config
     return model
 
@@ -113,7 +114,7 @@ def saved(model: GPT, case: dict) -> tuple[dict[str, Tensor], dict, dict]:
     with folder() as path:
         save_adapter(model, str(path))
         found = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
-        slip = "WEIGHTS and CONFIG are their names; write_pair writes both"
+        slip = "ADAPTER_WEIGHTS and ADAPTER_CONFIG are their names; write_adapter writes both"
         expected = sorted((WEIGHTS, CONFIG))
         require(found == expected, f"expected the files {', '.join(expected)}, got {', '.join(found)}", case, slip)
         with safe_open(path / WEIGHTS, "pt") as file:
@@ -187,7 +188,7 @@ def config_saved(draw: Draw):
     settings |= dict(rank_pattern={"v_proj": 2}, alpha_pattern={"q_proj": 7}, use_rslora=True)
     model = adapted(draw, base(draw), **settings)
     found = saved(model, settings)[2]
-    slip = "PEFT asks which method it is: peft_type, LORA, is among the FIXED settings"
+    slip = "PEFT asks which method it is: peft_type, LORA, is among LORA_FIELDS"
     expect(found.get("peft_type"), "LORA", settings, {slip: None}, "peft_type")
     for field, value in asdict(model.lora_config).items():
         slips = {"the setting is not in the file: asdict(config) has them all": None}
@@ -208,7 +209,7 @@ def fingerprint_saved(draw: Draw):
                 layer.base_layer.weight.data += (layer.scaling * layer.lora_B @ layer.lora_A).detach()
         before = picture(model)
         found, notes, _ = saved(model, case)
-        slip = "write it into the metadata of the safetensors file, under FINGERPRINT"
+        slip = "it belongs into the metadata of the safetensors file; write_adapter puts it there"
         require("base_fingerprint" in notes, "expected a base_fingerprint in the metadata, got none", case, slip)
         slip = "fingerprint(model) knows the base's weights from before; a merged weight is not among them"
         same = notes["base_fingerprint"] == wanted
@@ -258,7 +259,7 @@ def saving_refused(draw: Draw):
             not path.exists(), "expected nothing to be written after the refusal", {"model": "no LoRA layers"}, slip
         )
         path.write_text("a file")
-        slip = "write_pair raises it"
+        slip = "write_adapter raises it"
         expect_error(lambda: save_adapter(adapted(draw, plain), path), (), {"directory": "a file"}, slip)
 
 
@@ -273,9 +274,7 @@ def read_back(draw: Draw):
             for target, kind in ((plain, "plain"), (adapted(draw, plain), "has LoRA layers")):
                 case = {"model": kind, "decoder layers": layers, **settings}
                 why = "LoRA layers that the model has are no concern of the file: shapes come from GPT(model.config)"
-                why = (
-                    "each layer has its own r: pattern_value(config.rank_pattern, name, config.r)" if settings else why
-                )
+                why = "each layer has its own r: layer_rank(config, name)" if settings else why
                 adapter = accepted(target, path, case, why if settings or target is not plain else "")
                 expect(asdict(adapter.config), asdict(model.lora_config), case, what="adapter.config")
                 names = [name for name, _ in lora_layers(model)]
@@ -299,7 +298,7 @@ def another_base(draw: Draw):
     with folder() as path:
         write(path, model)
         before, case = picture(other), {"base": "another, of the same shape", "force": False}
-        slip = "compare the file's fingerprint with fingerprint(model)"
+        slip = "check_base(model, directory) compares the file's fingerprint with the model's"
         expect_error(lambda: read_adapter(other, path), (), case, slip)
         require(before == picture(other), "read_adapter changed the model it refused", case, "refuse first")
         for note, force in ((True, True), (False, False)):

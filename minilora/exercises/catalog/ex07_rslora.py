@@ -2,14 +2,14 @@
 
 import torch
 
+from minilora.config import lora_scaling
 from minilora.exercises.checking import Draw, Exercise, expect, require
-from minilora.lora import lora_scaling
 
 EXERCISE = Exercise(
     number=7,
     slug="rslora",
     title="rsLoRA's scaling",
-    targets=("lora:lora_scaling",),
+    targets=("config:lora_scaling",),
     difficulty=1,
     minutes=10,
     notebook="04_variants",

@@ -8,8 +8,9 @@ from torch import nn
 from minilora.exercises.checking import SIZES, Draw, Exercise, expect, require
 from minilora.exercises.layers import assemble
 from minilora.experiments.simulate import bytes_in_4_bits, count_base_parameters, predict
+from minilora.linear4bit import Linear4bit, float_linears, replace_module
 from minilora.model import GPT, GPTConfig
-from minilora.quant import Linear4bit, float_linears, put
+from minilora.quant import Quantization
 
 EXERCISE = Exercise(
     number=9,
@@ -32,9 +33,10 @@ v (K·D, C), o (C, H·D), gate and up (inner, C), down (C, inner) and two norms 
 them, one number for each output. Besides: a last norm, the embedding (V, C), and the output head (V, C) unless it is
 tied to the embedding, when both are one matrix.
 
-`bytes_in_4_bits(layer)`: the codes of n = in·out weights, half a byte each, and a float32 scale for each of N blocks.
-With double quantization a scale is one byte, each 256 of them share a float32, and one more float32 is their offset.
-What is short still takes its byte, its scale: round up. The bias is not in 4 bits and not counted here.
+`bytes_in_4_bits(layer)`: the codes of n = in·out weights, half a byte each, and a float32 scale for each of N blocks
+of `layer.quantization.block_size`. With double quantization (`layer.quantization.double_quant`) a scale is one byte,
+each 256 of them share a float32, and one more float32 is their offset. What is short still takes its byte, its scale:
+round up. The bias is not in 4 bits and not counted here.
 
 `predict(model, dtype)`: {"weights", "gradients", "optimizer"} in bytes. Without adapters all is trained, in `dtype`.
 With adapters the base is frozen, in `dtype` except for the weights that are in 4 bits, and A (r, in) and B (out, r)
@@ -161,8 +163,8 @@ def biases(draw: Draw):
 def check_stored(layer: Linear4bit, slips: dict[str, int]):
     right = sum(buffer.nbytes for buffer in layer.buffers())
     slips["bytes are whole numbers: round up with math.ceil"] = float(right)
-    case = {"in": layer.in_features, "out": layer.out_features, "block_size": layer.block_size}
-    expect(bytes_in_4_bits(layer), right, case | {"double_quant": layer.double_quant}, slips, "bytes", 0)
+    case = {"in": layer.in_features, "out": layer.out_features, "quantization": layer.quantization}
+    expect(bytes_in_4_bits(layer), right, case, slips, "bytes", 0)
 
 
 @EXERCISE.property("bytes_in_4_bits: two codes in a byte, a float32 scale for each block, a short one too")
@@ -170,7 +172,7 @@ def four_bits(draw: Draw):
     odd = [(2 * draw.integer(4, 9) + 1, 2 * draw.integer(4, 9) + 1) for _ in range(4)]  # no whole number of blocks
     for inside, out in [(8, 8), (16, 12), *odd]:
         size = draw.choice((16, 32, 64))
-        layer = Linear4bit(inside, out, True, SCHEME, size, False)
+        layer = Linear4bit(inside, out, True, Quantization(SCHEME, size, False))
         n = inside * out
         codes, scales = (n + 1) // 2, 4 * -(-n // size)
         slips = {
@@ -201,7 +203,7 @@ def doubled(draw: Draw):
             "the scales of the scales are missing: a float32 for each 256": codes + blocks + 4,
             "the offset is missing: one float32, 4 bytes": codes + blocks - 4 * (-blocks // 256),
         }
-        check_stored(Linear4bit(inside, out, False, SCHEME, 16, True), slips)
+        check_stored(Linear4bit(inside, out, False, Quantization(SCHEME, 16, True)), slips)
 
 
 def nbytes(tensors) -> int:
@@ -261,7 +263,7 @@ def check_adapters(draw: Draw, model: GPT, dtype: torch.dtype, slips: dict[str, 
         adapters.append(assemble(draw, model.get_submodule(name), draw.integer(1, 4), 8))
         for parameter in (adapters[-1].lora_A, adapters[-1].lora_B):
             parameter.data = parameter.data.float()
-        put(model, name, adapters[-1])
+        replace_module(model, name, adapters[-1])
     of_A, of_B = (sum(getattr(layer, part).numel() for layer in adapters) for part in ("lora_A", "lora_B"))
     a = of_A + of_B
     weights = {
@@ -291,9 +293,9 @@ def quantized(draw: Draw):
         model = GPT(grouped(draw, most, mlp_bias=True)).to(dtype)
         in_floats = stored = of_biases = 0
         for name, linear in float_linears(model).items():
-            settings = linear.bias is not None, SCHEME, 16, draw.choice((True, False))
-            layer = Linear4bit(linear.in_features, linear.out_features, *settings, dtype=dtype)
-            put(model, name, layer)
+            options = linear.bias is not None, Quantization(SCHEME, 16, draw.choice((True, False)))
+            layer = Linear4bit(linear.in_features, linear.out_features, *options, dtype=dtype)
+            replace_module(model, name, layer)
             in_floats, stored = in_floats + linear.weight.nbytes, stored + nbytes(layer.buffers())
             of_biases += nbytes(layer.parameters())
         slips = {

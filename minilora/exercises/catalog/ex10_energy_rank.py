@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from minilora.adapters.factors import energy_rank, pissa
+from minilora.adapters.starts import energy_rank, pissa
 from minilora.exercises.checking import SIZES, Draw, Exercise, expect, expect_error, require
 
 EXERCISE = Exercise(
     number=10,
     slug="energy_rank",
     title="How much rank a change needs",
-    targets=("adapters.factors:energy_rank", "adapters.factors:pissa"),
+    targets=("adapters.starts:energy_rank", "adapters.starts:pissa"),
     difficulty=2,
     minutes=30,
     notebook="01_lora_from_scratch",

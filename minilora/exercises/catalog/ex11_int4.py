@@ -41,17 +41,17 @@ undoes it, with integers of any dtype, and keeps the dtype.
 The last block may be short. A block of zeros gives zeros, with an absmax that is 0 or next to it; never NaN.
 
 `quantize(weight, ...)`: a QuantizedTensor with the weight's shape, dtype, scheme and block_size. `encode(scaled,
-scheme)` knows the codes of every scheme. An odd last code has a byte of its own. ValueError for what `check_settings`
-refuses, a tensor that is not floating-point or is empty, NaN and infinity. With double_quant, return what
-`quantize_scales` makes of it (exercise 13). The weight may require gradients, what is stored does not. You need not cut
-the weight into pieces of CHUNK.""",
+scheme)` knows the codes of every scheme. An odd last code has a byte of its own. ValueError for a scheme or block size
+that `Quantization(scheme, block_size, double_quant)` refuses, a tensor that is not floating-point or is empty, NaN and
+infinity. With double_quant, return what `quantize_scales` makes of it (exercise 13). The weight may require gradients,
+what is stored does not. You need not cut the weight into pieces of CHUNK.""",
     hints=(
         "(scaled * 7).round() rounds halves to the even number. A byte is 16 · high + low; << 4 and >> 4 move by one "
         "half, & 15 keeps the low one. codes[::2] is every second code.",
         "F.pad(flat, (0, -n % block_size)) fills the last block with zeros, which change no absmax; cut the result "
         "back to n. clamp(min=TINY) makes division by a scale of zero safe. NaN and infinity reach the scales, so "
         "isfinite on those is enough.",
-        "quantize: check_settings; check dtype and numel; flat = weight.detach().reshape(-1); scaled, absmax = "
+        "quantize: make a Quantization; check dtype and numel; flat = weight.detach().reshape(-1); scaled, absmax = "
         "scale_to_unit(flat, block_size); check isfinite; codes = encode(scaled, scheme), with one zero appended to "
         "scaled if n is odd; QuantizedTensor(pack_codes(codes), absmax, scheme, block_size, tuple(weight.shape), "
         "weight.dtype).",
@@ -317,6 +317,6 @@ def refused(draw: Draw):
     whole = torch.ones(32, dtype=torch.int64)
     expect_error(lambda: quantize(whole, "int4", 16), (), {"dtype": torch.int64}, "weight.is_floating_point()")
     expect_error(lambda: quantize(torch.empty(0, 3), "int4", 16), (), {"shape": (0, 3)}, "weight.numel() is 0")
-    slip = "check_settings(scheme, block_size) raises for both"
+    slip = "Quantization(scheme, block_size, double_quant) raises for both"
     expect_error(lambda: quantize(torch.ones(32), "int4", 24), ("block_size",), {"block_size": 24}, slip)
     expect_error(lambda: quantize(torch.ones(32), "int5", 16), ("scheme",), {"scheme": "int5"}, slip)

@@ -5,14 +5,15 @@ from torch import Tensor, nn
 
 from minilora.exercises.checking import SIZES, Draw, Exercise, Wrong, difference, expect, require
 from minilora.levels import LEVELS
+from minilora.linear4bit import DequantizedLinear
 from minilora.memory import MemoryMeter
-from minilora.quant import DequantizedLinear, QuantizedTensor, dequantize
+from minilora.quant import QuantizedTensor, dequantize
 
 EXERCISE = Exercise(
     number=14,
     slug="linear4bit_backward",
     title="A linear layer in 4 bits that keeps no float copy",
-    targets=("quant:DequantizedLinear.forward", "quant:DequantizedLinear.backward"),
+    targets=("linear4bit:DequantizedLinear.forward", "linear4bit:DequantizedLinear.backward"),
     difficulty=3,
     minutes=40,
     notebook="03_qlora",

@@ -14,7 +14,7 @@ EXERCISE = Exercise(
     number=15,
     slug="dora",
     title="DoRA: magnitude and direction",
-    targets=tuple(f"adapters.dora:DoRALinear.{name}" for name in ("__init__", "norms", "forward", "update")),
+    targets=tuple(f"adapters.dora:DoRALinear.{name}" for name in ("__init__", "norms", "forward", "delta_weight")),
     difficulty=3,
     minutes=50,
     notebook="04_variants",
@@ -32,11 +32,12 @@ In backward ‖V‖ counts as a constant (section 4.3 of the paper): no gradient
 - `forward`: y for any leading dimensions. Switched off or merged it is LoRALinear's forward. With dropout, while
   training, only what differs from the base sees the dropped input x_d, the same in both places:
   y = W x + b + (g - 1) ⊙ (W x_d) + g ⊙ s·BA x_d.
-- `update`: what a merge adds to W: g ⊙ V - W.
+- `delta_weight`: what a merge adds to W: g ⊙ V - W.
 
-Take W from `float_weight()`: wide enough for a half-precision base, and the W from before while merged. W can change:
-`start_from` takes A and B out of it and sets `self.squared_norms` to the new ‖W‖². If you keep ‖W‖², keep it there, as
-a buffer. Plain autograd will do: you need neither `FormedDirection` nor `LowRankTerm`.""",
+Take W from `float_weight()`: wide enough for a half-precision base, and the W from before while merged. Take A and B
+from `self.factors()`: after a start from W, as PiSSA's, they are more than `lora_A` and `lora_B`, and the formulas are
+the same. Keep nothing of W: `quantize_model` may round it later, and ‖W‖ with it. Plain autograd will do: you need
+neither `FormedDirection` nor `LowRankTerm`.""",
     hints=(
         "W is (out, in), so the norm of a row is a sum over dim 1. ‖V‖ as a constant: compute it under torch.no_grad, "
         "or detach it.",
@@ -44,7 +45,7 @@ a buffer. Plain autograd will do: you need neither `FormedDirection` nor `LowRan
         "norms, ⟨W, BA⟩ by row is ((W @ A.T) * B).sum(1), and ‖BA‖² is ((B @ (A @ A.T)) * B).sum(1).",
         "__init__: super().__init__(all five), then nn.Parameter(self.float_weight().norm(dim=1)). norms: (W + s * B @ "
         "A).norm(dim=1). forward: g * (self.base_layer(x) - b + s * F.linear(F.linear(x, A), B)) + b; with dropout, "
-        "d = F.dropout(x, p) once, and the formula. update: g[:, None] * (W + s * B @ A) - W.",
+        "d = F.dropout(x, p) once, and the formula. delta_weight: g[:, None] * (W + s * B @ A) - W.",
     ),
     question="Were ‖V‖ not a constant in backward, the gradient of a row of V would have no part along that row. Why, "
     "and what is saved by leaving this out?",
@@ -52,7 +53,7 @@ a buffer. Plain autograd will do: you need neither `FormedDirection` nor `LowRan
 
 
 def make(draw: Draw, base: nn.Linear, r: int, lora_alpha: float, lora_dropout=0.0, use_rslora=False) -> DoRALinear:
-    """DoRALinear(...), but what it calls of LoRALinear is done here: __init__ and product are other exercises."""
+    """DoRALinear(...), but what it calls of LoRALinear is done here: __init__ is another exercise."""
 
     def init(self, base_layer, r, lora_alpha, lora_dropout=0.0, use_rslora=False):
         layer = assemble(draw, base_layer, r, lora_alpha, lora_dropout, DoRALinear)
@@ -62,9 +63,7 @@ def make(draw: Draw, base: nn.Linear, r: int, lora_alpha: float, lora_dropout=0.
         self.__dict__.update(vars(layer))
 
     with patch.object(LoRALinear, "__init__", init):
-        layer = DoRALinear(base, r, lora_alpha, lora_dropout, use_rslora)
-    layer.product = lambda A, B: layer.scaling * torch.einsum("or,ri->oi", B, A)
-    return layer
+        return DoRALinear(base, r, lora_alpha, lora_dropout, use_rslora)
 
 
 def base_layer(draw: Draw, most: int, bias=True, dtype=torch.float64) -> nn.Linear:
@@ -154,8 +153,8 @@ def row_norms(draw: Draw):
     require((found - lengths(parts(layer)[1])).abs().max().item() < 1e-4, "norms() is too coarse", case, slip)
 
 
-@EXERCISE.property("norms: called again, after W has been moved, and while merged")
-def norms_of_other_weights(draw: Draw):
+@EXERCISE.property("norms: called again, while merged, and after W has changed")
+def norms_again(draw: Draw):
     for most in SIZES:
         layer = dora_layer(draw, most)
         W, V, m, case = parts(layer)
@@ -166,13 +165,28 @@ def norms_of_other_weights(draw: Draw):
         layer.original_weight = W.clone()  # as merge() leaves it
         layer.base_layer.weight.data += V - W
         expect(layer.norms(), lengths(V), {**case, "merged": True}, {MERGED: lengths(2 * V - W)}, "norms()")
-        layer.base_layer.weight.data, layer.original_weight = W.clone(), None
-        layer.start_from(draw.normal(*layer.lora_A.shape), draw.normal(*layer.lora_B.shape))
-        layer.lora_B.data *= 2
-        left, moved, _, case = parts(layer)
-        stale = (lengths(moved).square() - lengths(left).square() + lengths(W).square()).clamp(min=0).sqrt()
-        slip = "your ‖W‖² is that of the old W: start_from sets self.squared_norms anew, so keep it there"
-        expect(layer.norms(), lengths(moved), {**case, "after": "start_from"}, {slip: stale}, "norms()")
+        layer.base_layer.weight.data, layer.original_weight = draw.normal(*W.shape), None
+        other, V, _, case = parts(layer)
+        stale = (lengths(V).square() - lengths(other).square() + lengths(W).square()).clamp(min=0).sqrt()
+        slip = "your ‖W‖² is that of the old W: take it anew from float_weight()"
+        expect(layer.norms(), lengths(V), {**case, "W before": W}, {slip: stale}, "norms()")
+
+
+@EXERCISE.property("norms, forward, delta_weight: after a start from W, A and B are those of factors()")
+def started_from_weight(draw: Draw):
+    for most in SIZES:
+        layer = dora_layer(draw, most)
+        W, whole, m, _ = parts(layer)
+        layer.start_A, layer.start_B = draw.normal(*layer.lora_A.shape), draw.normal(*layer.lora_B.shape)
+        start = layer.scaling * torch.einsum("or,ri->oi", layer.start_B, layer.start_A)
+        V, b, x = whole - start, layer.base_layer.bias.detach(), draw.normal(2, layer.in_features)
+        case = {"W": W, "s·BA": whole - W, "s·B₀A₀": start, "m": m}
+        slip = "those are lora_A and lora_B; what they began as has to be taken off: self.factors()"
+        expect(layer.norms(), lengths(V), case, {slip: lengths(whole)}, "norms()")
+        g, case["x"] = m / lengths(V), x
+        expect(layer(x), g * (x @ V.T) + b, case, {slip: g * (x @ whole.T) + b}, "y")
+        wrong = g[:, None] * whole - W
+        expect(layer.delta_weight(), g[:, None] * V - W, case, {slip: wrong}, "delta_weight()")
 
 
 @EXERCISE.property("forward: y = m ⊙ (V x) / ‖V‖ + b, with any leading dimensions, with and without a bias")
@@ -284,29 +298,29 @@ def switched_off(draw: Draw):
         expect(layer(x), on, {"merged": True, **case}, {slip: again}, "y")
 
 
-@EXERCISE.property("update: g ⊙ (W + s·BA) - W, in float32 at least, merged or not")
-def update(draw: Draw):
+@EXERCISE.property("delta_weight: g ⊙ (W + s·BA) - W, in float32 at least, merged or not")
+def delta_weight(draw: Draw):
     for most in SIZES:
         layer = dora_layer(draw, most)
         W, V, m, case = parts(layer)
         g = (m / lengths(V))[:, None]
         slips = {
-            "W is not subtracted: update() is what is added to W": g * V,
-            "that is plain LoRA's update, without the magnitude": V - W,
+            "W is not subtracted: delta_weight() is what is added to W": g * V,
+            "that is plain LoRA's ΔW, without the magnitude": V - W,
             "only s·BA gets the magnitude; W's own rows change their length too": g * (V - W),
             "the length of V's rows is not taken away: divide by norms()": m[:, None] * V - W,
             "you divide by the norm of W alone": (m / lengths(W))[:, None] * V - W,
             "that is (m / ‖V‖ - 1) W: s·BA is missing": g * W - W,
             "m / ‖V‖ belongs to the rows: make it (out, 1) first": (g.T if V.shape[0] == V.shape[1] else g) * V - W,
         }
-        expect(layer.update(), g * V - W, case, slips, "update()")
-        require(torch.equal(layer.base_layer.weight, W), "update() changed the base's weight", case, IN_PLACE)
+        expect(layer.delta_weight(), g * V - W, case, slips, "delta_weight()")
+        require(torch.equal(layer.base_layer.weight, W), "delta_weight() changed the base's weight", case, IN_PLACE)
         layer.original_weight = W.clone()  # as merge() leaves it
         layer.base_layer.weight.data += g * V - W
         wrong = g * (g * V + V - W) - g * V
-        expect(layer.update(), g * V - W, {**case, "merged": True}, {MERGED: wrong}, "update()")
+        expect(layer.delta_weight(), g * V - W, {**case, "merged": True}, {MERGED: wrong}, "delta_weight()")
     layer = dora_layer(draw, 12, dtype=torch.bfloat16)
     W, V, m, _ = parts(layer)
     case = {"W is of": torch.bfloat16, "A and B are of": torch.float32}
-    expect(layer.update().dtype, torch.float32, case, what="the dtype of update()")
-    expect(layer.update(), (m / lengths(V))[:, None] * V - W, case, what="update()", tolerance=1e-4)
+    expect(layer.delta_weight().dtype, torch.float32, case, what="the dtype of delta_weight()")
+    expect(layer.delta_weight(), (m / lengths(V))[:, None] * V - W, case, what="delta_weight()", tolerance=1e-4)

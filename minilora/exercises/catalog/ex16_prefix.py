@@ -29,20 +29,23 @@ of the K key/value heads:
 - `start(model, ids)`: ids (1, n). What the model makes of this text at positions 0 … n-1, in that layout. The keys are
   those in a `KVCache` that the model has filled, turned by their positions. Nothing turns them again.
 - `new_cache(rows, padding)`: a new `KVCache` that begins with the prefix, the same for every row, through which
-  gradients reach it. `KVCache` counts what every row sees (`front`) while it is made; `padding` is as given.
+  gradients reach it. `padding` (rows, T) is True at the text's pad tokens, or None. The cache's own `padding` counts
+  columns from the prefix on, so it has n columns more, which are False; None stays None. `cache_of(layers, rows,
+  padding)` makes such a cache of keys and values (1, K, n, D) by layer.
 - `forward(ids, cache)`: logits (B, T, V) of the text alone. Without a cache it begins with a new one; a given one is
-  used, after `check_cache`: one of another length is refused with ValueError.
+  used, after `check_cache`: one with fewer columns than the prefix is refused with ValueError.
 
 Because the cache has n columns already, the model gives the text the positions n, n+1, … by itself. So at the start a
 wrapped model says what it says after reading the text. With n = 0 it is the model alone.""",
     hints=(
         "Let the model fill a KVCache: model(ids, cache). Then cache.layers[l] is the pair (key, value) of layer l, "
-        "each (1, K, n, D). The way back is KVCache(padding, layers) with such pairs for B rows.",
+        "each (1, K, n, D). The way back is self.cache_of(layers, rows, padding) with such pairs.",
         "view only cuts: of (n, L·2·K·D) it makes (n, L, 2, K, D), in this order. permute then moves the places n to "
-        "between K and D. expand(rows, -1, -1, -1) repeats for every row and keeps the gradient.",
-        "new_cache: prompt_embeddings.view(n, L, 2, K, D).permute(1, 2, 3, 0, 4) is (L, 2, K, n, D): for layer l, "
-        "expand the key [l, 0] and the value [l, 1]. start: stack the pairs to (L, 2, K, n, D), then "
-        "permute(3, 0, 1, 2, 4) and flatten(1). forward: the cache, check_cache, self.base_model(input_ids, cache).",
+        "between K and D. cache_of repeats for every row, by expand, which keeps the gradient.",
+        "new_cache: prompt_embeddings.view(n, L, 2, K, D).permute(1, 2, 3, 0, 4) is (L, 2, K, n, D): cache_of gets {l: "
+        "(key[None], value[None])} with the key [l, 0] and the value [l, 1]. start: stack the pairs to (L, 2, K, n, "
+        "D), then permute(3, 0, 1, 2, 4) and flatten(1). forward: the cache, self.check_cache, then "
+        "self.base_model(input_ids, cache).",
     ),
     question="Nothing turns the keys of a prefix by a position. Why do the text's positions begin at n nevertheless, "
     "and what would be lost at the start if they began at 0?",
@@ -138,7 +141,8 @@ def start(draw: Draw):
 def cache_of_prefix(draw: Draw):
     for most in SIZES:
         prefix, rows = trained(draw, most, draw.integer(2, most)), draw.integer(2, 3)
-        model, config, padding = prefix.base_model, prefix.base_model.config, torch.arange(rows)
+        model, config = prefix.base_model, prefix.base_model.config
+        padding = torch.arange(3) < torch.arange(rows)[:, None]  # of a text of 3 tokens, row b begins with b of them
         numbers, case = prefix.prompt_embeddings.detach(), about(model, n=prefix.length, rows=rows)
         cache, right = prefix.new_cache(rows, padding), in_use(numbers, config)
         require(isinstance(cache, KVCache), f"expected a KVCache, got {type(cache).__name__}", case)
@@ -154,11 +158,16 @@ def cache_of_prefix(draw: Draw):
                 places_first = torch.stack([right[layer, j].transpose(0, 1)] * rows)
                 slips["that is (rows, n, K, D); a cache has (rows, K, n, D)"] = places_first
                 expect(pair[j], torch.stack([right[layer, j]] * rows), case, slips, f"the {name} of layer {layer}")
-        slip = "front is counted while the cache is made: give the layers to KVCache(padding, layers)"
-        expect(cache.front, prefix.length, case, {slip: 0}, "front")
-        require(cache.padding is not None, "the padding is lost", case, "pass padding on: KVCache(padding, layers)")
-        slip = "padding counts a row's pad tokens alone; the cache knows of the prefix by its front"
-        expect(cache.padding, padding, case, {slip: padding + prefix.length}, "padding")
+        require(cache.padding is not None, "the padding is lost", case, "pass padding on to the cache")
+        none, every = (torch.full((rows, prefix.length), value) for value in (False, True))
+        slips = {
+            "the cache counts columns from the prefix on: put n columns of False in front of padding": padding,
+            "the columns of the prefix are no padding: every row sees them": torch.cat([every, padding], dim=1),
+            "the prefix stands in front of the text, and so do its columns": torch.cat([padding, none], dim=1),
+        }
+        expect(cache.padding, torch.cat([none, padding], dim=1), case, slips, "the cache's padding")
+        slip = "without padding the cache has none: None stays None"
+        require(prefix.new_cache(rows).padding is None, "expected the cache's padding to be None", case, slip)
 
 
 @EXERCISE.property("forward: the logits of the text (B, T, V), behind the prefix")
@@ -223,7 +232,7 @@ def piece_by_piece(draw: Draw):
         slip = "new_cache gives out a cache that another call has filled; make a new one each time"
         expect(len(prefix.new_cache(2)), n, case, {slip: n + T}, "the length of a new cache")
         slip = "call self.check_cache(cache) for the cache that was given"
-        for columns in (0, n + 1):
+        for columns in (0, n - 1):
             other = cache_with(draw.normal(columns, prefix.prompt_embeddings.shape[1]), model.config, 2)
             expect_error(partial(prefix, ids, other), case={**case, "columns in the cache": columns}, slip=slip)
 
@@ -233,11 +242,12 @@ def padded(draw: Draw):
     for most in SIZES:
         prefix, T = trained(draw, most), draw.integer(3, most + 1)
         ids, model, pad = tokens(draw, 2, T), prefix.base_model, draw.integer(1, T - 1)
-        begin, padding = partial(cache_with, prefix.prompt_embeddings, model.config), torch.tensor([pad, 0])
+        begin = partial(cache_with, prefix.prompt_embeddings, model.config)
+        padding = torch.arange(T) < torch.tensor([[pad], [0]])
         with torch.no_grad():
             alone, ignored = model(ids[:1, pad:], begin(1)), model(ids, begin(2))[:1, pad:]
             found = prefix(ids, prefix.new_cache(2, padding))[:1, pad:]
-            case, slip = about(model, ids=ids, padding=padding, n=prefix.length), "the padding is ignored: pass it on"
+            case, slip = about(model, ids=ids, padding=[pad, 0], n=prefix.length), "the padding is ignored: pass it on"
             expect(found, alone, case, {slip: ignored}, "the logits of the row with padding")
 
 

@@ -56,7 +56,7 @@ def bank(draw: Draw, d: int, out: int, slots: int, r: int = 0, dtype=torch.float
     base = nn.Linear(d, out).to(dtype).requires_grad_(False)
     for parameter in base.parameters():
         parameter.copy_(draw.normal(*parameter.shape))
-    layer = BankedLinear(base, slots, base.weight)
+    layer = BankedLinear(base, slots, base.weight.device, base.weight.dtype)
     if r:
         layer.A, layer.B = draw.normal(slots, r, d, dtype=dtype), draw.normal(slots, r, out, dtype=dtype)
         layer.A[0], layer.B[0] = 0, 0

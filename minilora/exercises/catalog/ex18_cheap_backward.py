@@ -6,17 +6,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minilora.exercises.checking import SIZES, Draw, Exercise, Wrong, expect, require
 from minilora.exercises.layers import written_out
-from minilora.lora import FormedWeight, LowRankTerm
+from minilora.fast import FormedWeight, LowRankTerm
 
 EXERCISE = Exercise(
     number=18,
     slug="cheap_backward",
     title="LoRA's cheap backward, by hand",
     targets=(
-        "lora:FormedWeight.forward",
-        "lora:FormedWeight.backward",
-        "lora:LowRankTerm.forward",
-        "lora:LowRankTerm.backward",
+        "fast:FormedWeight.forward",
+        "fast:FormedWeight.backward",
+        "fast:LowRankTerm.forward",
+        "fast:LowRankTerm.backward",
     ),
     difficulty=3,
     minutes=75,
