@@ -1,14 +1,29 @@
-"""The README's commands exist: what a newcomer types is what the package understands."""
+"""The README's commands exist, and its numbers are those on record: what a newcomer types is understood."""
 
+import json
 import re
 import shlex
+import statistics
 from pathlib import Path
 
 import pytest
+import torch
 
+from minilora import GPT, GPTConfig, LoRAConfig, apply_lora, count_parameters
 from minilora.__main__ import build_parser
 from minilora.exercises import __main__ as exercises
+from minilora.experiments.compare import bits_per_weight
+from minilora.experiments.run import tuned_learning_rate
+from minilora.experiments.simulate import predict
+from minilora.linear4bit import quantize_model
+from minilora.memory import format_bytes
 
+VARIANTS = {  # of data/variants/dialect.json, by their names in the README
+    "full fine-tuning": "full",
+    "AdaLoRA-style": "adalora",
+    "prefix, 16 tokens": "prefix",
+    "soft prompt, 16 tokens": "soft-prompt",
+}
 README = (
     (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
 )  # one command a line
@@ -45,9 +60,16 @@ def test_linked_files_exist():
     assert links and not missing, f"the README links to what is not there: {missing}"
 
 
-def test_first_screen_shows_figure_and_commands():
-    first_screen = "\n".join(README.splitlines()[:25])
-    assert "![" in first_screen and first_screen.count(SETUP) == 2
+def test_first_screen_shows_formula_figure_and_the_command_that_prints_the_first_table():
+    lines = README.splitlines()
+    for wanted in ("y = W x + s · B(A x)", "![", SETUP + "python -m minilora"):
+        place = next((number for number, line in enumerate(lines, 1) if wanted in line), None)
+        assert place is not None and place <= 30, f"{wanted!r} is in line {place} of the README, not in the first 30"
+    command, table = (
+        lines.index(SETUP + "python -m minilora"),
+        lines.index("json from base, seeds 0, cpu, torch 2.13.0+cpu"),
+    )
+    assert 0 < table - command < 10, f"the table is {table - command} lines behind the command that prints it"
 
 
 def test_python_block_prints_what_it_says(capsys):
@@ -55,3 +77,73 @@ def test_python_block_prints_what_it_says(capsys):
     exec(compile(block, "README.md", "exec"), {})
     expected = block.strip().splitlines()[-1].removeprefix("# ")
     assert capsys.readouterr().out.strip() == expected
+
+
+def table_after(words: str) -> list[list[str]]:
+    """The rows of the first table whose heading has these words, cell by cell."""
+    lines = README[README.index(words) :].splitlines()[2:]
+    rows = [line for line in lines[: next(n for n, line in enumerate(lines) if not line.startswith("|"))]]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_the_table_of_variants_is_what_was_measured():
+    path = Path(__file__).parents[1] / "data" / "variants" / "dialect.json"
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    lora = statistics.mean(run["best_validation_loss"] for run in runs if run["method"] == "lora")
+    shown = {}
+    for name, *cells in table_after("| method | trained |"):
+        method = VARIANTS.get(name, name.lower())
+        shown[method] = cells
+        rows = [run for run in runs if run["method"] == method]
+        losses = [row["best_validation_loss"] for row in rows]
+        mean, spread = statistics.mean(losses), (max(losses) - min(losses)) / 2
+        over = 100 * (mean / lora - 1)
+        expected = [
+            f"{rows[0]['trainable_parameters']:,d}",
+            f"{rows[0]['learning_rate']:g}",
+            f"{mean:.3f} ±{spread:.3f}",
+            "" if method == "lora" else f"{over:+.0f} %" if abs(over) > 20 else f"{over:+.1f} %",
+            "1" if method == "lora" else f"{rows[0]['step_ratio']:.2f}",
+        ]
+        assert cells == expected, f"{name}: {expected} on record, the README says {cells}"
+    assert shown.keys() == {run["method"] for run in runs}, f"shown: {list(shown)}"
+
+
+def test_the_rates_of_the_first_table_are_the_tuned_ones():
+    (line,) = re.findall(r"^learning rate +(.*)$", README, re.MULTILINE)
+    expected = [f"{tuned_learning_rate('json', method):g}" for method in ("full", "lora", "qlora")]
+    assert line.split() == expected, f"tuned for json: {expected}, the README says {line.split()}"
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_the_first_table_counts_as_the_package_does(method):
+    """Parameters, bits and the three kinds of bytes that arithmetic gives, for rank 8 on all linears of the base."""
+    model = GPT(GPTConfig.preset("base"))
+    if method == "qlora":
+        quantize_model(model)
+    if method != "full":
+        apply_lora(model, LoRAConfig(8, 16, target_modules="all-linear"))
+    trained, total = count_parameters(model)
+    predicted = predict(model, torch.float32)
+    expected = {
+        "trainable parameters": f"{trained:,d}",
+        "  of all": f"{trained / total:.2%}",
+        "bits per weight, block linears": f"{bits_per_weight(model):.2f}",
+        "bytes of tensors: weights": format_bytes(predicted["weights"]),
+        "  gradients": format_bytes(predicted["gradients"]),
+        "  optimizer": format_bytes(predicted["optimizer"]),
+    }
+    for name, value in expected.items():
+        (line,) = re.findall(rf"^{re.escape(name)}  +(.*)$", README, re.MULTILINE)
+        shown = re.split("  +", line)[("full", "lora", "qlora").index(method)]
+        assert shown == value, f"{name} of {method}: {value}, and the README says {shown}"
+
+
+def test_the_evaluation_is_the_one_on_record():
+    record = json.loads((Path(__file__).parents[1] / "data" / "base" / "record.json").read_text(encoding="utf-8"))
+    evaluation = record["evaluation"]
+    above = f"{evaluation['loss'] / evaluation['floor'] - 1:.1%} above the floor"
+    expected = [f"{name:<34}{evaluation[name]:7.1%}" for name in evaluation if name not in ("loss", "floor")]
+    expected += [f"{'loss on world text':<34}{evaluation['loss']:7.4f} nats per token, {above}"]
+    for line in expected:
+        assert line in README.splitlines(), f"on record: {line!r}, which the README does not say"
