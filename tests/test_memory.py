@@ -269,6 +269,7 @@ def profiler_peak(run, path) -> int:
     return peak
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # what torch 2.11 says of every profile
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_meter_and_profiler_agree_at_the_peak(tmp_path, checkpointing):
     model = small_gpt()
