@@ -48,8 +48,9 @@ def compare(experiments: list[Experiment], seeds: list[int], out: Path, progress
     first_runs: list[Run] = []
     for experiment in experiments:
         for seed in seeds:
-            training, began = replace(experiment.training, seed=seed), time.perf_counter()
-            finished = run(replace(experiment, training=training), progress=progress)
+            seeded = replace(experiment, training=replace(experiment.training, seed=seed))
+            began = time.perf_counter()
+            finished = run(seeded, progress=progress)
             seconds = time.perf_counter() - began
             rows.append(describe(finished, out / f"{experiment.method}-seed{seed}", seconds))
             if seed == seeds[0]:

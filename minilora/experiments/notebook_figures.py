@@ -119,7 +119,7 @@ def learning_rate_grids(tuned: dict[str, dict], title: str) -> Figure:
 def level_lines(curves: dict[str, Curve], levels: dict[str, float], xlabel: str, title: str) -> Figure:
     """Named curves (x values, y values) on two logarithmic axes, beside levels that do not depend on x, dashed."""
     figure, (axes,) = new_figure()
-    axes.set_prop_cycle(color=["#000000", "#56B4E9", "#CC79A7", "#E69F00"])  # none of them a method's
+    axes.set_prop_cycle(color=["#000000", "#56B4E9", "#CC79A7", "#E69F00"])  # no method's curve is here
     for name, (x, y) in curves.items():
         axes.plot(x, y, label=name, **DOTS)
     for name, level in levels.items():
