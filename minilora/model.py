@@ -232,7 +232,9 @@ class Decoder(nn.Module):
 
 class GPT(nn.Module):
     """The language model: ids (B, T) -> logits (B, T, V); the loss is outside. Raises ValueError for sequences over
-    `max_position_embeddings` and, on a CPU, for ids outside the vocabulary (a GPU stops at an assertion of its own)."""
+    `max_position_embeddings` and, on a CPU, for ids outside the vocabulary (a GPU stops at an assertion of its own).
+
+    where: rows and columns of the N places whose logits are wanted, each (N,) -> logits (N, V)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -255,5 +257,6 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        return self.lm_head(self.model(input_ids, cache))
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None, where: tuple | None = None) -> Tensor:
+        x = self.model(input_ids, cache)  # (B, T, C)
+        return self.lm_head(x if where is None else x[where])

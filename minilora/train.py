@@ -7,7 +7,10 @@ what is trainable, before the loop begins. Learning rate and rows of a step are 
 the seed, and the generator that dropout draws from is saved with the weights. So a run that was killed continues from
 its saved state exactly as if it had never stopped, and nothing needs to be replayed.
 
-Letters in the shape comments: B rows of a batch, b of a micro-batch, T tokens, V vocab_size.
+Logits are the largest tensor of all, and in instruction data most tokens do not count. So the loop first finds the
+places that count, and the model makes logits there and nowhere else.
+
+Letters in the shape comments: B rows of a batch, b of a micro-batch, T tokens, V vocab_size, N places that count.
 """
 
 import math
@@ -15,7 +18,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from minilora.dtypes import HALF_PRECISION
+from minilora.rows import batch_of, row_lengths, trimmed
 from minilora.storage.training_state import load_training_state, run_identity, save_training_state
 from minilora.train_settings import IGNORE, History, NonFiniteError, Rows, TrainConfig, check_data, check_groups
 
@@ -38,19 +41,6 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
     progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)  # from 0 towards 1
     # final + (1 - final) · (1 + cos(π · progress)) / 2
     return config.final_learning_rate + (1 - config.final_learning_rate) * (1 + math.cos(math.pi * progress)) / 2
-
-
-@lru_cache(maxsize=2)  # a batch can span two epochs
-def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    """A permutation of `count` rows that depends on seed and epoch alone, (count,)."""
-    # The two are mixed into the low 32 bits, the only ones torch's CPU generator looks at.
-    return torch.randperm(count, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
-
-
-def batch_rows(count: int, step: int, config: TrainConfig) -> Tensor:
-    """The rows of step `step`'s batch, (B,): an endless deck, each epoch a fresh shuffle of all rows."""
-    places = range(step * config.batch_size, (step + 1) * config.batch_size)
-    return torch.stack([epoch_order(count, config.seed, place // count)[place % count] for place in places])
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, parameter_groups: list[dict] | None = None) -> AdamW:
@@ -83,48 +73,55 @@ def set_gradient_checkpointing(model: nn.Module, enabled: bool):
         module.gradient_checkpointing = enabled
 
 
-def forward(model: nn.Module, input_ids: Tensor, precision: str) -> Tensor:
-    """input_ids (b, T) -> logits (b, T, V), in float32 at least: a softmax's sum over V terms needs the digits.
-
-    Matrix products run in bfloat16 for precision "bfloat16", and on CUDA for "auto".
-    """
-    device = input_ids.device.type
-    bfloat16 = precision == "bfloat16" or (precision == "auto" and device == "cuda")
-    with torch.autocast(device, torch.bfloat16) if bfloat16 else nullcontext():
-        logits = model(input_ids)
-    return logits.float() if logits.dtype in HALF_PRECISION else logits
-
-
 def next_token_targets(labels: Tensor) -> Tensor:
     """labels (B, T), each the token AT its place -> targets (B, T), each the token AFTER it; the last has none."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
-def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Σ -log p(target) over the targets that count, in nats. logits (b, T, V), targets (b, T)."""
-    # A soft prompt puts n positions of its own in front: logits (b, n + T, V), of which the first n do not count.
-    targets = F.pad(targets, (logits.shape[1] - targets.shape[1], 0), value=IGNORE)
-    # The targets were shifted, not the logits: logits are the largest tensor of all, and a flattened slice is a copy.
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+def counted_places(targets: Tensor, counted_tokens: int | None = None) -> tuple[Tensor, ...]:
+    """Rows and columns of the targets (b, T) that count, each (N,). counted_tokens: as in `training_step`."""
+    counts = targets != IGNORE
+    if not isinstance(targets, FakeTensor):
+        return counts.nonzero(as_tuple=True)
+    each = targets.shape[1] - 1 if counted_tokens is None else counted_tokens
+    return torch.nonzero_static(counts, size=len(targets) * each).unbind(1)
+
+
+def forward(model: nn.Module, input_ids: Tensor, where: tuple[Tensor, ...], precision: str) -> Tensor:
+    """input_ids (b, T) -> logits (N, V) at the places `where`, in float32 at least: a softmax's sum over V terms needs
+    the digits. Matrix products run in bfloat16 for precision "bfloat16", and on CUDA for "auto".
+    """
+    device = input_ids.device.type
+    bfloat16 = precision == "bfloat16" or (precision == "auto" and device == "cuda")
+    with torch.autocast(device, torch.bfloat16) if bfloat16 else nullcontext():
+        logits = model(input_ids, where=where)
+    return logits.float() if logits.dtype in HALF_PRECISION else logits
 
 
 def training_step(
-    model: nn.Module, optimizer: Optimizer, input_ids: Tensor, labels: Tensor, config: TrainConfig
+    model: nn.Module,
+    optimizer: Optimizer,
+    input_ids: Tensor,
+    labels: Tensor,
+    config: TrainConfig,
+    counted_tokens: int | None = None,
 ) -> Tensor:
     """One optimizer step on one batch, input_ids and labels (B, T); returns the batch's mean loss, a scalar.
 
     Each micro-batch's sum is divided by the tokens that count in the WHOLE batch, so that any number of micro-batches
     gives the same gradient: a mean of means would weigh a short answer's tokens more. Runs on fake tensors too, as
-    `experiments/simulate.py` does. Raises NonFiniteError, before the step is taken, when the loss or the gradient is
-    not a finite number.
+    `experiments/simulate.py` does; they have no numbers, and `counted_tokens` says how many tokens of each row count
+    (None: all but the first). Raises NonFiniteError, before the step is taken, when the loss or the gradient is not a
+    finite number.
     """
-    targets = next_token_targets(labels)  # (B, T)
-    counted = (targets != IGNORE).sum().clamp(min=1)  # a batch in which nothing counts has loss 0
+    targets, pieces = next_token_targets(labels), config.accumulation_steps  # (B, T)
+    # All places before any forward: finding them waits for the device, which has nothing to do yet.
+    places = [counted_places(piece, counted_tokens) for piece in targets.chunk(pieces)]
+    counted = max(1, sum(len(rows) for rows, _ in places))  # a batch in which nothing counts has loss 0
     mean_loss = torch.zeros((), device=input_ids.device)
-    pieces = config.accumulation_steps
-    for ids, following in zip(input_ids.chunk(pieces), targets.chunk(pieces), strict=True):  # (b, T)
-        logits = forward(model, ids, config.precision)  # forward: (b, T, V)
-        loss = summed_cross_entropy(logits, following) / counted  # loss
+    for ids, following, where in zip(input_ids.chunk(pieces), targets.chunk(pieces), places, strict=True):  # (b, T)
+        logits = forward(model, ids, where, config.precision)  # forward: (N, V)
+        loss = F.cross_entropy(logits, following[where], reduction="sum") / counted  # loss: Σ -log p(target), in nats
         del logits  # backward needs the log-probabilities, which the loss has kept
         loss.backward()  # backward: adds to .grad
         mean_loss = mean_loss + loss.detach()  # in the loss's own dtype
@@ -154,10 +151,13 @@ def evaluate_loss(model: nn.Module, data: Rows, batch_size: int, precision: str 
     device, training = next(model.parameters()).device, model.training
     model.eval()
     total, counted = 0.0, 0
-    for ids, labels in zip(data.input_ids.split(batch_size), data.labels.split(batch_size), strict=True):
-        targets = next_token_targets(labels)
-        total += summed_cross_entropy(forward(model, ids.to(device), precision), targets.to(device)).item()
-        counted += int((targets != IGNORE).sum())
+    for rows in row_lengths(data.labels).argsort().split(batch_size):  # rows of like length have little padding
+        ids, labels = trimmed(data.input_ids[rows], data.labels[rows])
+        targets = next_token_targets(labels).to(device)  # (b, T)
+        where = counted_places(targets)
+        logits = forward(model, ids.to(device), where, precision)  # (N, V)
+        total += F.cross_entropy(logits, targets[where], reduction="sum").item()
+        counted += len(logits)
     model.train(training)
     return total / counted
 
@@ -177,6 +177,7 @@ def train(
 ) -> History:
     """Trains, in place, whatever has `requires_grad`; returns the losses and times.
 
+    model: called as model(input_ids, where=(rows, columns)), it returns the logits at these places, (N, V).
     data, validation: anything with `.input_ids` and `.labels`, int64 (N, T). labels[t] is the token at t, or -100
         where it does not count; the shift by one happens here.
     parameter_groups: see `make_optimizer`; each group's own learning rate follows the same schedule.
@@ -222,8 +223,7 @@ def train(
             began = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * learning_rate_factor(step, config)
-            rows = batch_rows(len(data.input_ids), step, config)
-            input_ids, labels = data.input_ids[rows].to(device), data.labels[rows].to(device)  # (B, T)
+            input_ids, labels = (part.to(device) for part in batch_of(data, step, config))  # (B, T)
             try:
                 loss = training_step(model, optimizer, input_ids, labels, config).item()
             except NonFiniteError as error:

@@ -34,6 +34,7 @@ class TrainConfig:
     save_every: int = 0  # steps; 0: only at the end, and never without a state_path
     precision: str = "auto"  # "auto": bfloat16 autocast on CUDA, float32 elsewhere; or one of the two by name
     gradient_checkpointing: bool = False  # keep less for backward, compute it again: about a third more arithmetic
+    group_by_length: bool = False  # batches of rows of like length: less padding, and a less random order
     seed: int = 0  # of the order of the data and of dropout
 
     def __post_init__(self):
@@ -66,7 +67,7 @@ class History:
     train_loss: list[list[float]] = field(default_factory=list)  # of the batch that the step is about to learn from
     validation_loss: list[list[float]] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)  # of each step, evaluation and saving left out
-    tokens: int = 0  # all that went through the model, counted in the loss or not
+    tokens: int = 0  # all that went through the model, counted in the loss or not, trimmed columns left out
 
     @property
     def seconds_per_step(self) -> float:

@@ -24,7 +24,8 @@ def little(monkeypatch):
 def test_pretraining_leaves_a_base_and_its_record(little, tmp_path):
     pretrain.pretrain(tmp_path, steps=3, progress=False)
     record = json.loads((tmp_path / "record.json").read_text())
-    assert record["steps"] == 3 and record["tokens"] == 3 * 8 * pretrain.ROW, f"3 steps of 8 rows, not {record}"
+    full = 3 * 8 * pretrain.ROW  # less the columns in which a batch has nothing but padding
+    assert record["steps"] == 3 and 0.95 * full < record["tokens"] <= full, f"3 steps of 8 rows, {full}, not {record}"
     assert record["validation_loss"][-1][1] < record["validation_loss"][0][1], "three steps should lower the loss"
     assert 0 < record["evaluation"]["floor"] < record["evaluation"]["loss"], (
         f"the loss lies above its floor: {record['evaluation']}"

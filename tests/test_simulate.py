@@ -11,14 +11,16 @@ from minilora.memory import KINDS, Bytes, MemoryMeter
 from minilora.model import GPT, GPTConfig
 from minilora.quant import Quantization
 from minilora.train import make_optimizer, set_gradient_checkpointing, training_step
-from minilora.train_settings import TrainConfig
+from minilora.train_settings import IGNORE, TrainConfig
 
 BASE = GPTConfig.preset("base", num_hidden_layers=3)  # six query heads, two key/value heads, tied embeddings
 B, T = 4, 96
 NAMES = [*KINDS, "peak"]
 
 
-def real_step(method: str, dtype=torch.float32, autocast=False, checkpointing=False, accumulation=1) -> MemoryMeter:
+def real_step(
+    method: str, dtype=torch.float32, autocast=False, checkpointing=False, accumulation=1, counted=T - 1
+) -> MemoryMeter:
     """The second training step on real tensors, under the meter."""
     torch.manual_seed(0)
     model = GPT(BASE).to(dtype)
@@ -37,9 +39,11 @@ def real_step(method: str, dtype=torch.float32, autocast=False, checkpointing=Fa
     optimizer = make_optimizer(model, config)
     meter = MemoryMeter(model, optimizer)
     ids = torch.randint(BASE.vocab_size, (B, T))
+    labels = ids.clone()
+    labels[:, : T - counted] = IGNORE
     for _ in range(2):
         with meter:
-            training_step(model, optimizer, ids, ids, config)
+            training_step(model, optimizer, ids, labels, config)
     return meter
 
 
@@ -70,6 +74,24 @@ def test_simulated_equals_real_in_bfloat16(method):
 def test_simulated_equals_real_under_autocast_and_accumulation():
     report = simulate(BASE, "full", B, T, dtype="float32", autocast=True, accumulation_steps=2)
     assert_same_bytes(report, real_step("full", autocast=True, accumulation=2))
+
+
+@pytest.mark.parametrize("counted", [0, 24])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_simulated_equals_real_where_few_tokens_count(method, counted):
+    report = simulate(BASE, method, B, T, dtype="float32", accumulation_steps=2, counted_tokens=counted)
+    assert_same_bytes(report, real_step(method, accumulation=2, counted=counted))
+
+
+def test_fewer_counted_tokens_need_fewer_logits():
+    """Twelve bytes for a place and a word: log-probabilities and two gradients, in float32."""
+    config = GPTConfig.preset("base", num_hidden_layers=1, vocab_size=32_000)
+    most, few = (simulate(config, "lora", B, T, counted_tokens=counted) for counted in (T - 1, 24))
+    expected = 12 * 32_000 * B * (T - 1 - 24)
+    fell = most.peak - few.peak
+    assert abs(fell / expected - 1) < 0.01, f"the peak should fall by {expected} bytes, and falls by {fell}"
+    default = simulate(config, "lora", B, T)
+    assert default.as_dict() == most.as_dict(), f"all count by default: {most.as_dict()}, not {default.as_dict()}"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -220,6 +242,7 @@ def test_the_table_gives_each_number_its_own_column():
             dict(method="qlora", target_modules="all-linear", quantization=Quantization("fp4")),
             "GPT, QLoRA r=8 on all-linear, batch 1 x 8 tokens, fp4 linears, rest bfloat16",
         ),
+        (dict(counted_tokens=2), "GPT, full fine-tuning, batch 1 x 8 tokens (2 counted), bfloat16 weights"),
     ],
 )
 def test_the_title_says_what_was_simulated(options, title):
@@ -252,6 +275,8 @@ def test_as_dict_has_the_names_of_results_json():
         (dict(sequence_length=513), "513.*1 to 512"),
         (dict(sequence_length=0), "sequence_length is 0"),
         (dict(batch_size=0), "batch_size is 0"),
+        (dict(counted_tokens=16), "counted_tokens is 16; of a sequence of 16 tokens 0 to 15 can count"),
+        (dict(counted_tokens=-1), "counted_tokens is -1"),
         (dict(batch_size=3, accumulation_steps=2), "accumulation_steps"),
         (dict(method="lora", r=0), "r is 0"),
         (dict(method="lora", target_modules=["nothing"]), "nothing"),

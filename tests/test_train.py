@@ -10,10 +10,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from minilora import rows as rows_file
 from minilora import train as train_file
 from minilora.model import GPT, GPTConfig
+from minilora.rows import batch_of, batch_rows
 from minilora.train import (
-    batch_rows,
     evaluate_loss,
     learning_rate_factor,
     make_optimizer,
@@ -42,8 +43,8 @@ class Noisy(nn.Module):
         super().__init__()
         self.gpt, self.dropout = gpt, nn.Dropout(0.2)
 
-    def forward(self, input_ids):
-        return self.dropout(self.gpt(input_ids))
+    def forward(self, input_ids, where=None):
+        return self.dropout(self.gpt(input_ids, where=where))
 
 
 def small_model(dtype=torch.float32, seed=0) -> GPT:
@@ -119,8 +120,7 @@ def steps_by_hand(model, steps: int):
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = CONFIG.learning_rate * learning_rate_factor(step, CONFIG)
-        rows = batch_rows(10, step, CONFIG)
-        training_step(model, optimizer, data.input_ids[rows], data.labels[rows], CONFIG)
+        training_step(model, optimizer, *batch_of(data, step, CONFIG), CONFIG)
 
 
 # --- the gradient of a batch -----------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def test_rows_depend_on_seed_and_step_alone():
     first = batch_rows(10, 7, CONFIG)
     torch.manual_seed(99)
     batch_rows(10, 3, CONFIG)
-    train_file.epoch_order.cache_clear()
+    rows_file.epoch_order.cache_clear()
     assert torch.equal(first, batch_rows(10, 7, CONFIG)), (
         f"the rows of step 7 were {first}, and now are {batch_rows(10, 7, CONFIG)}"
     )
@@ -422,8 +422,8 @@ class Poisoned(nn.Module):
         super().__init__()
         self.gpt, self.at, self.gradient_only, self.calls = gpt, at, gradient_only, 0
 
-    def forward(self, input_ids):
-        logits = self.gpt(input_ids)
+    def forward(self, input_ids, where=None):
+        logits = self.gpt(input_ids, where=where)
         self.calls += self.training
         if self.training and self.calls == self.at + 1:
             if not self.gradient_only:

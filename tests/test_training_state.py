@@ -42,8 +42,8 @@ class Noisy(nn.Module):
         self.gpt, self.dropout = GPT(SHAPE), nn.Dropout(0.2)
         self.gpt.model.embed_tokens.weight.requires_grad_(False)
 
-    def forward(self, input_ids):
-        return self.dropout(self.gpt(input_ids))
+    def forward(self, input_ids, where=None):
+        return self.dropout(self.gpt(input_ids, where=where))
 
 
 def small_data(seed=1) -> SimpleNamespace:
@@ -176,9 +176,9 @@ def test_a_non_finite_loss_leaves_the_last_good_state(tmp_path):
     class Poisoned(Noisy):
         calls = 0
 
-        def forward(self, input_ids):
+        def forward(self, input_ids, where=None):
             self.calls += self.training
-            return super().forward(input_ids) * (math.nan if self.calls == 6 else 1.0)
+            return super().forward(input_ids, where) * (math.nan if self.calls == 6 else 1.0)
 
     path, config = tmp_path / "state.safetensors", replace(CONFIG, save_every=2)
     with pytest.raises(NonFiniteError, match="at step 5 of 8"):

@@ -95,7 +95,9 @@ class SoftPrompt(Prompt):
     """Prompt tuning (Lester 2021): n trained embeddings (n, C) in front of the text's.
 
     ids (B, T) -> logits (B, n + T, V), as in PEFT: the first n are those at the prompt. With a cache from `new_cache`,
-    which holds the prompt's keys and values already, (B, T, V). Raises ValueError for another cache, and what GPT does.
+    which holds the prompt's keys and values already, (B, T, V). where: places in the text, as in GPT, -> (N, V).
+
+    Raises ValueError for another cache, and what GPT does.
     """
 
     @staticmethod
@@ -110,12 +112,13 @@ class SoftPrompt(Prompt):
         """The prompt for every row, (B, n, C), in the model's type."""
         return self.prompt_embeddings.to(self.model.embed_tokens.weight.dtype).expand(rows, -1, -1)
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None, where: tuple | None = None) -> Tensor:
         if cache is not None:
             self.check_cache(cache)
-            return self.base_model(input_ids, cache)
+            return self.base_model(input_ids, cache, where)
         text = self.model.embed(input_ids)  # (B, T, C)
-        return self.lm_head(self.model.run_blocks(torch.cat([self.embeddings(len(text)), text], dim=1)))
+        x = self.model.run_blocks(torch.cat([self.embeddings(len(text)), text], dim=1))  # (B, n + T, C)
+        return self.lm_head(x if where is None else x[:, self.length :][where])
 
     def new_cache(self, rows: int, padding: Tensor | None = None) -> KVCache:
         """The model's keys and values of the prompt, computed once for all rows."""
@@ -128,7 +131,9 @@ class SoftPrompt(Prompt):
 class PrefixTuning(Prompt):
     """Prefix tuning (Li & Liang 2021): n trained keys and values in each layer, (n, L·2·K·D), PEFT's layout.
 
-    ids (B, T) -> logits (B, T, V). Raises ValueError for a cache not from `new_cache`, and what GPT does.
+    ids (B, T) -> logits (B, T, V), or (N, V) at the places `where`, as in GPT.
+
+    Raises ValueError for a cache not from `new_cache`, and what GPT does.
     """
 
     @staticmethod
@@ -147,11 +152,11 @@ class PrefixTuning(Prompt):
         pairs = torch.stack([torch.cat(pair) for pair in cache.layers.values()])  # (L, 2, K, n, D)
         return pairs.permute(3, 0, 1, 2, 4).flatten(1)  # (n, L·2·K·D)
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None, where: tuple | None = None) -> Tensor:
         if cache is None:
             cache = self.new_cache(len(input_ids))
         self.check_cache(cache)
-        return self.base_model(input_ids, cache)
+        return self.base_model(input_ids, cache, where)
 
     def new_cache(self, rows: int, padding: Tensor | None = None) -> KVCache:
         """The trained keys and values; autograd goes through the cache to them."""

@@ -96,12 +96,15 @@ def simulate(
     gradient_checkpointing: bool = False,
     accumulation_steps: int = 1,
     quantization: Quantization = QLORA,
+    counted_tokens: int | None = None,
 ) -> MemoryReport:
     """Measures the bytes of one training step of GPT(config), without its memory and without its arithmetic.
 
     config: a GPTConfig or the name of a preset. method: "full", "lora" or "qlora"; r, lora_alpha, lora_dropout and
         target_modules are as in LoRAConfig, for the latter two; quantization is qlora's.
     batch_size: sequences per optimizer step; accumulation_steps cuts it, as in TrainConfig.
+    counted_tokens: of each sequence, in the loss; logits are made for these alone. None: all but the first, which no
+        token predicts.
     dtype: of the weights, "bfloat16" or "float32". autocast: matrix products in bfloat16 whatever the weights are.
 
     Raises ValueError for an unknown preset, method or dtype, a sequence longer than the model's, and all that
@@ -114,6 +117,10 @@ def simulate(
     limit = config.max_position_embeddings
     if not 1 <= sequence_length <= limit:
         raise ValueError(f"sequence_length is {sequence_length}; this model takes 1 to {limit} tokens")
+    counted = sequence_length - 1 if counted_tokens is None else counted_tokens
+    if not 0 <= counted < sequence_length:
+        few = f"of a sequence of {sequence_length} tokens 0 to {sequence_length - 1} can count, all but the first"
+        raise ValueError(f"counted_tokens is {counted}; {few}")
     lora_config = LoRAConfig(r, lora_alpha, lora_dropout, target_modules)
     precision = "bfloat16" if autocast else "float32"
     train_config = TrainConfig(1, batch_size, 1e-4, accumulation_steps=accumulation_steps, precision=precision)
@@ -128,14 +135,15 @@ def simulate(
         ids = torch.zeros(batch_size, sequence_length, dtype=torch.int64)
         make_optimizer_state(optimizer)
         with MemoryMeter(model, optimizer) as meter:
-            training_step(model, optimizer, ids, ids, train_config)
+            training_step(model, optimizer, ids, ids, train_config, counted)
 
     trainable, total = count_parameters(model)
     targets = target_modules if isinstance(target_modules, str) else ", ".join(target_modules)
     what = "full fine-tuning" if method == "full" else f"{'Q' * (method == 'qlora')}LoRA r={r} on {targets}"
     weights = f"{quantization.scheme} linears, rest {dtype}" if method == "qlora" else f"{dtype} weights"
     options = [weights] + ["autocast"] * autocast + ["checkpointing"] * gradient_checkpointing
-    title = f"{name}, {what}, batch {batch_size} x {sequence_length} tokens, {', '.join(options)}"
+    tokens = f"{sequence_length} tokens" + ("" if counted_tokens is None else f" ({counted} counted)")
+    title = f"{name}, {what}, batch {batch_size} x {tokens}, {', '.join(options)}"
     predicted = predict(model, DTYPES[dtype])
     return MemoryReport(title, trainable, total, **meter.highest, at_peak=meter.peak, predicted=predicted)
 

@@ -18,10 +18,10 @@ class PrefixTuning:
             rows.append(torch.cat([part.reshape(-1) for part in row]))
         return torch.stack(rows)
 
-    def forward(self, input_ids, cache=None):
+    def forward(self, input_ids, cache=None, where=None):
         used = cache if cache is not None else self.new_cache(input_ids.shape[0])
         self.check_cache(used)
-        logits = self.base_model(input_ids, used)
+        logits = self.base_model(input_ids, used, where)
         return logits
 
     def new_cache(self, rows, padding=None):
@@ -152,8 +152,8 @@ MUTANTS = [
     ),
     Mutant(
         "forward: padding lost",
-        "logits = self.base_model(input_ids, used)",
-        "logits = self.base_model(input_ids, KVCache(None, used.layers))",
+        "logits = self.base_model(input_ids, used, where)",
+        "logits = self.base_model(input_ids, KVCache(None, used.layers), where)",
         "the padding is ignored",
     ),
     Mutant(
@@ -175,10 +175,11 @@ MUTANTS = [
     ),
     Mutant(
         "forward: without the prefix",
-        "self.base_model(input_ids, used)",
-        "self.base_model(input_ids, cache)",
+        "self.base_model(input_ids, used, where)",
+        "self.base_model(input_ids, cache, where)",
         "begin with new_cache",
     ),
+    Mutant("forward: all places", "used, where)", "used)", "that is every place: pass where on"),
     Mutant("forward: cut by n", "return logits", "return logits[:, self.length :]", "cut nothing off"),
     Mutant(
         "forward: cache ignored",

@@ -32,8 +32,9 @@ of the K key/value heads:
   gradients reach it. `padding` (rows, T) is True at the text's pad tokens, or None. The cache's own `padding` counts
   columns from the prefix on, so it has n columns more, which are False; None stays None. `cache_of(layers, rows,
   padding)` makes such a cache of keys and values (1, K, n, D) by layer.
-- `forward(ids, cache)`: logits (B, T, V) of the text alone. Without a cache it begins with a new one; a given one is
-  used, after `check_cache`: one with fewer columns than the prefix is refused with ValueError.
+- `forward(ids, cache, where)`: logits (B, T, V) of the text alone. Without a cache it begins with a new one; a given
+  one is used, after `check_cache`: one with fewer columns than the prefix is refused with ValueError. `where`, rows and
+  columns of N places, or None, goes on to the model, which then returns (N, V).
 
 Because the cache has n columns already, the model gives the text the positions n, n+1, … by itself. So at the start a
 wrapped model says what it says after reading the text. With n = 0 it is the model alone.""",
@@ -45,7 +46,7 @@ wrapped model says what it says after reading the text. With n = 0 it is the mod
         "new_cache: prompt_embeddings.view(n, L, 2, K, D).permute(1, 2, 3, 0, 4) is (L, 2, K, n, D): cache_of gets {l: "
         "(key[None], value[None])} with the key [l, 0] and the value [l, 1]. start: stack the pairs to (L, 2, K, n, "
         "D), then permute(3, 0, 1, 2, 4) and flatten(1). forward: the cache, self.check_cache, then "
-        "self.base_model(input_ids, cache).",
+        "self.base_model(input_ids, cache, where).",
     ),
     question="Nothing turns the keys of a prefix by a position. Why do the text's positions begin at n nevertheless, "
     "and what would be lost at the start if they began at 0?",
@@ -182,6 +183,9 @@ def logits(draw: Draw):
                 "the prefix has no logits here: cut nothing off": expected[:, n:],
             }
             expect(prefix(ids), expected, about(model, ids=ids, n=n), slips, "the logits")
+            where = torch.arange(len(ids)), torch.arange(len(ids)) % ids.shape[1]  # one place of each row
+            case, slip = about(model, ids=ids, n=n, where=where), "that is every place: pass where on"
+            expect(prefix(ids, where=where), expected[where], case, {slip: expected}, "the logits at the places where")
 
 
 @EXERCISE.property("at the start the logits are the model's after reading the text")
