@@ -7,6 +7,14 @@ Start reading at `lora.py` (the layer), `model.py` (the transformer), `train.py`
 `train` is imported from the module of the same name: `from minilora.train import train`.
 """
 
+import os
+import sys
+
+# `python -m minilora`: threads that wait for work sleep. By default they spin, and where other programs run beside them
+# spinning costs up to ten times. The variable is read once, when torch is imported, which happens below.
+if sys.argv[0] == "-m":
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from minilora.adapters.inject import (
     adapter_parameters,
     apply_loftq,

@@ -1,8 +1,13 @@
 """The house itself: which names lead where, and how long its front rooms are."""
 
 import importlib
+import os
 import pkgutil
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 import minilora
 
@@ -40,3 +45,11 @@ def test_no_file_is_two_rooms():
     long = {str(path.relative_to(PACKAGE)): lines_of(path) for path in PACKAGE.rglob("*.py")}
     long = {name: length for name, length in long.items() if length > 300 and "catalog" not in name}
     assert not long, f"files of over 300 lines: {long}"
+
+
+@pytest.mark.parametrize("argument, expected", [("-m", "PASSIVE"), ("-c", "None")])
+def test_only_the_command_line_lets_waiting_threads_sleep(argument, expected):
+    code = f"import os, sys; sys.argv[0] = {argument!r}; import minilora; print(os.environ.get('OMP_WAIT_POLICY'))"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected, f"OMP_WAIT_POLICY is {done.stdout.strip()}, expected {expected}"

@@ -12,6 +12,7 @@ import torch
 from minilora.dtypes import dtype_name
 from minilora.model import GPTConfig
 from minilora.storage.files import naming, read_json
+from minilora.storage.gguf import is_gguf, open_gguf
 from minilora.storage.quantized import check_quantization
 
 MODEL_CONFIG = "config.json"
@@ -41,7 +42,10 @@ JSON_TYPES: dict[type, tuple[tuple[type, ...], str]] = {
 
 
 def load_config(directory: str | Path) -> GPTConfig:
-    """The shape of the model in a folder, without its weights. FileNotFoundError or ValueError as in `load_model`."""
+    """The shape of the model in a folder or GGUF file, without its weights. FileNotFoundError or ValueError as in
+    `load_model`."""
+    if is_gguf(directory):
+        return read_config(open_gguf(directory).settings, Path(directory))
     path = Path(directory) / MODEL_CONFIG
     return read_config(read_json(path), path)
 

@@ -118,12 +118,14 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(where: str | Path, expected: Mapping[str, tuple], found: Mapping[str, tuple]):
-    """Raises ValueError unless both hold the same names with the same shapes; every difference is named."""
+    """Raises ValueError unless both hold the same names with the same shapes. The differences are named, of each kind
+    the first eight: an adapter of another model differs in hundreds."""
     missing = [f"{name} {shape}" for name, shape in expected.items() if name not in found]
     extra = [f"{name} {shape}" for name, shape in found.items() if name not in expected]
     both = sorted(expected.keys() & found.keys())
     wrong = [f"{key}: expected {expected[key]}, found {found[key]}" for key in both if expected[key] != found[key]]
     faults = {"missing": missing, "not expected": extra, "of the wrong shape": wrong}
-    problems = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names)
+    listed = {fault: names[:8] + [f"and {len(names) - 8} more"] * (len(names) > 8) for fault, names in faults.items()}
+    problems = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in listed.items() if names)
     if problems:
         raise ValueError(f"{where} does not hold the tensors that it should: {problems}")

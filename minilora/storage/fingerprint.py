@@ -1,6 +1,7 @@
 """Which base a file was trained on: 64 hex digits from the weights of a model."""
 
 import hashlib
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -44,14 +45,18 @@ def weight_mark(weight: Tensor) -> str:
 def base_weights(model: GPT, original: bool = False) -> dict[str, Tensor]:
     """The tensors under their plain Llama names, as they are written: a tied head once, adapters left out.
 
-    For a merged layer this is the merged weight, or with `original` the frozen one from before the merge.
+    With `original`, which base this is: for a merged layer the frozen weight from before the merge, and weights in 4
+    bits without the dtype that they came in.
     """
     layers = dict(lora_layers(model))
     weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[0] not in layers:  # the parameters of a LoRALinear itself are the adapter
             weights[name.replace(".base_layer.", ".")] = parameter
-    for name, quantized in quantized_layers(model).items():
+    for name, linear in quantized_layers(model).items():
+        quantized = linear.quantized
+        if original:  # the dtype that the codes are turned back into is not what the base is
+            quantized = replace(quantized, dtype=torch.float32)
         weights |= layer_tensors(name.replace(".base_layer", ""), quantized)
     for name, layer in layers.items():
         if original and layer.original_weight is not None:

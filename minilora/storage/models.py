@@ -10,7 +10,8 @@ replaces its empty twin as it is read. The peak is the model and one tensor, not
 """
 
 import os
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from pathlib import Path
 
@@ -32,9 +33,11 @@ from minilora.storage.files import (
     write_safetensors,
 )
 from minilora.storage.fingerprint import base_weights
+from minilora.storage.gguf import is_gguf, open_gguf
 from minilora.storage.quantized import layer_tensors, quantization_settings, quantized_parts, read_layer
 
 MODEL_WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKEN_IDS = "bos_token_id", "eos_token_id"  # fields of config.json that are the tokenizer's
 EMBEDDING = "model.embed_tokens.weight"
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -42,7 +45,7 @@ FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
 def load_model(
     directory: str | Path, dtype: torch.dtype | None = None, device=None, quantization: Quantization | None = None
 ) -> GPT:
-    """Reads a Llama-layout folder into a GPT whose parameters all require gradients.
+    """Reads a Llama-layout folder, or a GGUF file, into a GPT whose parameters all require gradients.
 
     dtype: None keeps the file's; a file that mixes types is read as the widest of them. device: None is the CPU.
     quantization: turns each block linear into 4 bits as it is read. Layers that the file holds in 4 bits stay as they
@@ -52,24 +55,12 @@ def load_model(
     another architecture, for missing, extra and mis-shaped tensors (each by name), damaged 4-bit layers (by name), and
     for a truncated file.
     """
-    directory = Path(directory)
-    check_directory(directory)
-    settings = read_json(directory / MODEL_CONFIG)
-    config = read_config(settings, directory / MODEL_CONFIG)
-    files: dict[str, Path] = {}
-    types: dict[str, str] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in _weight_files(directory):
-        for name, (kind, shape) in read_header(path).items():
-            if name in files:
-                raise ValueError(f"tensor {name} is in {files[name]} and again in {path.name}, in {directory}")
-            if not name.endswith(".rotary_emb.inv_freq"):  # in old checkpoints; we compute it from rope_theta
-                files[name], types[name], shapes[name] = path, kind, shape
+    checkpoint = open_checkpoint(directory)
+    config = read_config(checkpoint.settings, checkpoint.config_path)
+    files, types, shapes = checkpoint.files, checkpoint.types, dict(checkpoint.shapes)
 
     def read(name: str, dtype: torch.dtype | None = None) -> Tensor:
-        # Opened anew for each tensor: closing lets go of the pages read so far, which would count as memory in use.
-        with open_safetensors(files[name]) as file:
-            return file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+        return checkpoint.read(name).to(device=device, dtype=dtype, copy=True)
 
     if config.tie_word_embeddings and "lm_head.weight" in shapes:  # the one matrix, held a second time
         del shapes["lm_head.weight"]
@@ -86,7 +77,7 @@ def load_model(
     # named_parameters gives a tied head under the embedding's name alone.
     expected = shapes_of(dict(model.named_parameters()))
     expected = {name: shape for name, shape in expected.items() if name.removesuffix(".weight") not in in_4_bits}
-    check_tensors(directory, expected, shapes)
+    check_tensors(checkpoint.path, expected, shapes)
     for name in expected:
         check_type(name, types[name], files[name])
     dtype = dtype or reduce(torch.promote_types, (FLOAT_TYPES[types[name]] for name in expected))
@@ -96,18 +87,56 @@ def load_model(
             quantized = read_layer({part.removeprefix(f"{name}."): read(part) for part in parts}, linear.weight.shape)
         replace_module(model, name, Linear4bit.from_linear(linear, quantized))
     for name in expected:
-        tensor = read(name, dtype)
         module, _, leaf = name.rpartition(".")
         if quantization and leaf == "weight" and module in linears:
             with naming(f"{name} in {files[name]}"):
-                quantized = quantize(tensor, **asdict(quantization))
+                quantized = quantize(read(name), **asdict(quantization))  # the file's values: one base for any dtype
+            quantized = replace(quantized, dtype=dtype)
             replace_module(model, module, Linear4bit.from_linear(linears[module], quantized))
         else:
-            setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
+            setattr(model.get_submodule(module), leaf, nn.Parameter(read(name, dtype)))
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight  # the new parameter, no longer the one on meta
-    vars(model)["token_ids"] = {key: settings[key] for key in ("bos_token_id", "eos_token_id") if key in settings}
+    vars(model)["token_ids"] = {key: checkpoint.settings[key] for key in TOKEN_IDS if key in checkpoint.settings}
     return model
+
+
+@dataclass
+class Checkpoint:
+    """What a model is read from, whatever its format: the fields of config.json, and each tensor by name."""
+
+    path: Path  # for messages: the folder or the file
+    config_path: Path  # where `settings` stand
+    settings: dict
+    files: dict[str, Path]  # by tensor name, where it lies
+    types: dict[str, str]  # as safetensors spells them
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """A Llama-layout folder or a GGUF file, headers read. Raises FileNotFoundError and ValueError as `load_model`."""
+    path = Path(path)
+    if is_gguf(path):
+        file = open_gguf(path)
+        files, types = dict.fromkeys(file.shapes, path), dict.fromkeys(file.shapes, "F32")
+        return Checkpoint(path, path, file.settings, files, types, file.shapes, file.read)
+    check_directory(path)
+    settings = read_json(path / MODEL_CONFIG)
+    files, types, shapes = {}, {}, {}
+    for weights in _weight_files(path):
+        for name, (kind, shape) in read_header(weights).items():
+            if name in files:
+                raise ValueError(f"tensor {name} is in {files[name]} and again in {weights.name}, in {path}")
+            if not name.endswith(".rotary_emb.inv_freq"):  # in old checkpoints; we compute it from rope_theta
+                files[name], types[name], shapes[name] = weights, kind, shape
+
+    def read(name: str) -> Tensor:
+        # Opened anew for each tensor: closing lets go of the pages read so far, which would count as memory in use.
+        with open_safetensors(files[name]) as file:
+            return file.get_tensor(name)
+
+    return Checkpoint(path, path / MODEL_CONFIG, settings, files, types, shapes, read)
 
 
 def save_model(model: GPT, directory: str | Path):
@@ -127,7 +156,7 @@ def save_model(model: GPT, directory: str | Path):
     shapes = shapes_of(tensors)
     quantized = {name.replace(".base_layer", ""): layer for name, layer in quantized_layers(model).items()}
     for name, layer in quantized.items():
-        for part in layer_tensors(name, layer):
+        for part in layer_tensors(name, layer.quantized):
             del shapes[part]
         shapes[f"{name}.weight"] = layer.quantized.shape
     check_tensors("this model", expected, shapes)

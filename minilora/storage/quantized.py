@@ -41,9 +41,8 @@ def quantized_parts(names: list[str]) -> dict[str, list[str]]:
     return parts
 
 
-def layer_tensors(name: str, layer: Linear4bit) -> dict[str, Tensor]:
-    """The layer's weight as it is written, by full name; the bias is an ordinary tensor and not among them."""
-    quantized = layer.quantized
+def layer_tensors(name: str, quantized: QuantizedTensor) -> dict[str, Tensor]:
+    """A layer's weight as it is written, by full name; the bias is an ordinary tensor and not among them."""
     state: dict[str, object] = {"quant_type": quantized.scheme, "blocksize": quantized.block_size}
     state |= {"dtype": dtype_name(quantized.dtype), "shape": list(quantized.shape)}
     tensors = {
