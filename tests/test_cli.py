@@ -225,6 +225,13 @@ def test_memory_prints_the_known_line(capsys):
     assert "trainable params: 1,126,400 || all params: 1,101,174,784 || trainable%: 0.1023" in capsys.readouterr().out
 
 
+def test_memory_of_fewer_counted_tokens(capsys):
+    command = ["memory", "--model", "tinyllama-1.1b", "--sequence-length", "64"]
+    assert main([*command, "--counted-tokens", "16"]) == 0
+    assert "batch 1 x 64 tokens (16 counted)" in capsys.readouterr().out
+    fails(capsys, [*command, "--counted-tokens", "64"], "counted_tokens is 64", "0 to 63")
+
+
 def test_memory_of_a_folder_reads_its_config_only(tiny, tmp_path, capsys):
     shutil.copyfile(tiny / "config.json", tmp_path / "config.json")
     assert main(["memory", "--base", str(tmp_path), "--method", "full", "--sequence-length", "16"]) == 0
@@ -354,6 +361,7 @@ def test_resume_without_a_state_and_from_another_configuration(tiny, text, tmp_p
     saved = (tmp_path / "training_state.safetensors").read_bytes()
     fails(capsys, [*run, "--save-every", "2"], "unfinished run", "--resume")
     fails(capsys, [*run, "--save-every", "2", "--resume", "--seed", "7"], "seed", "7")
+    fails(capsys, [*run, "--save-every", "2", "--resume", "--group-by-length"], "group_by_length was False", "now True")
     fails(capsys, [*run, "--save-every", "2", "--resume", "--alpha", "9"], "alpha", "9")
     assert (tmp_path / "training_state.safetensors").read_bytes() == saved, "a refusal must not touch the state"
     monkeypatch.undo()

@@ -34,7 +34,7 @@ def parrot(monkeypatch, tokenizer):
     batches = []
 
     def generate(model, prompts, max_new_tokens, eos_id):
-        assert eos_id == tokenizer.eos_id
+        assert eos_id == tokenizer.end_ids
         batches.append(prompts)
         return [prompt[1:][:max_new_tokens] for prompt in prompts]
 

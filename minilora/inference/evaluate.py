@@ -9,6 +9,7 @@ from minilora.adapters.prompts import Prompt
 from minilora.inference.generate import generate
 from minilora.model import GPT
 from minilora.text.batches import pack
+from minilora.text.chat import ChatPrompt, encode_prompt
 from minilora.text.tasks import Example, Task
 from minilora.text.tokenizer import AnyTokenizer
 from minilora.text.world import Dice, World, is_right_list, nats_per_token
@@ -16,15 +17,19 @@ from minilora.train import evaluate_loss
 
 
 def answer(
-    model: GPT | Prompt, tokenizer: AnyTokenizer, prompts: Sequence[str], max_new_tokens: int = 64, batch_size: int = 50
+    model: GPT | Prompt,
+    tokenizer: AnyTokenizer,
+    prompts: Sequence[ChatPrompt],
+    max_new_tokens: int = 64,
+    batch_size: int = 50,
 ) -> list[str]:
-    """Greedy answers, each up to the end token. Prompts of like length share a batch, so that little is padded."""
-    encoded = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    """Greedy answers, each up to an end token. Prompts of like length share a batch, so that little is padded."""
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda row: len(encoded[row]))
     answers = [""] * len(prompts)
     for start in tqdm(range(0, len(order), batch_size), "answering", leave=False, disable=None):  # None: if a terminal
         rows = order[start : start + batch_size]
-        generated = generate(model, [encoded[row] for row in rows], max_new_tokens, eos_id=tokenizer.eos_id)
+        generated = generate(model, [encoded[row] for row in rows], max_new_tokens, eos_id=tokenizer.end_ids)
         for row, ids in zip(rows, generated, strict=True):
             answers[row] = tokenizer.decode(ids)
     return answers

@@ -16,6 +16,7 @@ Letters in the shape comments: B batch, T tokens, V vocab_size.
 """
 
 import math
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -32,14 +33,15 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    eos_id: int | None = None,
+    eos_id: int | Collection[int] | None = None,
 ) -> list[list[int]]:
     """Continues each prompt (token ids) by up to `max_new_tokens`; returns the new tokens only, without the end token.
 
     temperature 0 takes the likeliest token; above 0 it samples from softmax(logits / temperature), after keeping the
     `top_k` likeliest tokens and, of those, the fewest whose probabilities add up to `top_p` (Holtzman 2020). A row
-    stops at `eos_id`. Each row draws from its own generator, seeded by `seed` and the row's place in the batch: the
-    same prompt twice gives two samples, and what a row draws does not depend on which rows stand beside it.
+    stops at `eos_id`, or at any of several. Each row draws from its own generator, seeded by `seed` and the row's place
+    in the batch: the same prompt twice gives two samples, and what a row draws does not depend on which rows stand
+    beside it.
 
     model: a GPT, or one behind a SoftPrompt or a PrefixTuning, whose tokens count among the model's positions.
 
@@ -47,35 +49,68 @@ def generate(
     sampling setting out of range.
     """
     check_prompts(model, prompts, max_new_tokens, temperature, top_k, top_p)
-    if not prompts:
-        return []
+    continuations: list[list[int]] = [[] for _ in prompts]
+    if prompts:
+        for row, token in _new_tokens(model, prompts, max_new_tokens, temperature, top_k, top_p, seed, eos_id):
+            continuations[row].append(token)
+    return continuations
+
+
+def stream(
+    model: GPT | Prompt,
+    prompt: list[int],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    eos_id: int | Collection[int] | None = None,
+) -> Iterator[int]:
+    """The tokens that `generate` gives for this one prompt, each as soon as it is chosen.
+
+    Until the last one is taken, or the iterator is dropped, the model is in eval mode. Raises as `generate` does, at
+    once and not at the first token.
+    """
+    check_prompts(model, [prompt], max_new_tokens, temperature, top_k, top_p)
+    rows = _new_tokens(model, [prompt], max_new_tokens, temperature, top_k, top_p, seed, eos_id)
+    return (token for _, token in rows)
+
+
+@torch.no_grad()
+def _new_tokens(
+    model: GPT | Prompt, prompts: list[list[int]], max_new_tokens: int, temperature, top_k, top_p, seed: int, eos_id
+) -> Iterator[tuple[int, int]]:
+    """The loop: yields (row, token) for every new token of every row that has not ended."""
     device = model.model.embed_tokens.weight.device
     ids, padding = left_pad(prompts, device)  # (B, T) both
-    generators = row_generators(len(prompts), seed)
-
-    continuations: list[list[int]] = [[] for _ in prompts]
+    generators, ends = row_generators(len(prompts), seed), end_ids(eos_id)
     running = set(range(len(prompts)))
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
-            cache = model.new_cache(len(prompts), padding) if isinstance(model, Prompt) else KVCache(padding)
-            for _ in range(max_new_tokens):
-                hidden = model.model(ids, cache)  # (B, T, C)
-                logits = model.lm_head(hidden[:, -1])  # (B, V): only the last position predicts something new
-                tokens = choose_tokens(logits, temperature, top_k, top_p, generators).tolist()
-                for row in sorted(running):  # a finished row stays in the batch, and its tokens are dropped
-                    if tokens[row] == eos_id:
-                        running.remove(row)
-                    else:
-                        continuations[row].append(tokens[row])
-                if not running:
-                    break
-                ids = torch.tensor([[token] for token in tokens], device=device)  # (B, 1)
+        cache = model.new_cache(len(prompts), padding) if isinstance(model, Prompt) else KVCache(padding)
+        for _ in range(max_new_tokens):
+            hidden = model.model(ids, cache)  # (B, T, C)
+            logits = model.lm_head(hidden[:, -1])  # (B, V): only the last position predicts something new
+            tokens = choose_tokens(logits, temperature, top_k, top_p, generators).tolist()
+            for row in sorted(running):  # a finished row stays in the batch, and its tokens are dropped
+                if tokens[row] in ends:
+                    running.remove(row)
+                else:
+                    yield row, tokens[row]
+            if not running:
+                break
+            ids = torch.tensor([[token] for token in tokens], device=device)  # (B, 1)
     finally:
         for module in training:
             module.training = True
-    return continuations
+
+
+def end_ids(eos_id: int | Collection[int] | None) -> Collection[int]:
+    """The tokens that end a row: none, one, or several."""
+    if eos_id is None:
+        return ()
+    return (eos_id,) if isinstance(eos_id, int) else eos_id
 
 
 def left_pad(prompts: list[list[int]], device) -> tuple[Tensor, Tensor | None]:

@@ -11,7 +11,7 @@ All rows end at the right edge, so that the next token is one column for all. Th
 which attention never looks at and positions do not count. Columns that are padding in every row are cut off.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minilora.inference.bank import AdapterBank
-from minilora.inference.generate import check_prompts, choose_tokens, left_pad, row_generators
+from minilora.inference.generate import check_prompts, choose_tokens, end_ids, left_pad, row_generators
 from minilora.model import KVCache
 
 
@@ -50,7 +50,7 @@ def serve(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    eos_id: int | None = None,
+    eos_id: int | Collection[int] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """Answers the requests, at most `batch_size` at a time; yields (number of the request, new tokens) as they finish.
 
@@ -65,11 +65,11 @@ def serve(
     for number, request in enumerate(requests):
         check_prompts(bank.model, [request.prompt], request.max_new_tokens, temperature, top_k, top_p, number)
         bank.check_known(request.adapter)
-    return _run(bank, requests, batch_size, temperature, top_k, top_p, seed, eos_id)
+    return _run(bank, requests, batch_size, temperature, top_k, top_p, seed, end_ids(eos_id))
 
 
 @torch.no_grad()
-def _run(bank: AdapterBank, requests: Sequence[Request], batch_size: int, temperature, top_k, top_p, seed: int, eos_id):
+def _run(bank: AdapterBank, requests: Sequence[Request], batch_size: int, temperature, top_k, top_p, seed: int, ends):
     if bank.running is not None:
         raise ValueError("a batch of this bank is under way; end it before the next one begins")
     generators = row_generators(len(requests), seed)
@@ -108,7 +108,7 @@ def _run(bank: AdapterBank, requests: Sequence[Request], batch_size: int, temper
             bank.running = [row.request.adapter for row in rows]  # in use, for those who ask between two answers
             running = []
             for place, row in enumerate(rows):
-                ended = row.tokens[-1] == eos_id
+                ended = row.tokens[-1] in ends
                 if ended or len(row.tokens) == row.request.max_new_tokens:
                     yield row.number, row.tokens[:-1] if ended else row.tokens
                 else:
