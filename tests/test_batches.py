@@ -10,7 +10,7 @@ from minilora.text.batches import cut, examples, pack
 from minilora.train_settings import IGNORE
 
 BOS, EOS, LENGTH = 1, 2, 16
-FRAME = SimpleNamespace(bos_id=BOS, eos_id=EOS)  # all that `pack` needs of a tokenizer
+FRAME = SimpleNamespace(prefix=[BOS], eos_id=EOS)  # all that `pack` needs of a tokenizer
 
 
 def numbered(sizes):
@@ -103,7 +103,7 @@ def test_examples_count_the_completion_and_its_end(tokenizer):
     counted = 0
     for number, (prompt, completion) in enumerate(PAIRS):
         row, labels = batches.input_ids[number].tolist(), batches.labels[number].tolist()
-        before = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+        before = [*tokenizer.prefix, *tokenizer.encode(prompt)]
         after = [*tokenizer.encode(completion), tokenizer.eos_id]
         padding = len(row) - len(before) - len(after)
         assert row[: len(before) + len(after)] == before + after

@@ -49,8 +49,10 @@ def test_the_shortest_text_that_will_do(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_task_counts_completions_only(tokenizer, name, monkeypatch):
-    monkeypatch.setattr(datasets, "load_task", lambda name, seed: load_task(name, 50, 20, seed))
-    dataset = load_dataset(name, tokenizer, 256, seed=3)
+    monkeypatch.setattr(
+        datasets, "load_task", lambda name, validation_size, seed: load_task(name, 50, validation_size, seed)
+    )
+    dataset = load_dataset(name, tokenizer, 256, seed=3, count=20)
     task = load_task(name, 50, 20, seed=3)
     assert dataset.task == task, "the task is not that of seed 3"
     for batches, split in ((dataset.train, task.train), (dataset.validation, task.validation)):

@@ -1,15 +1,16 @@
-"""From lists of tokens to training data: whole documents packed into rows, long text cut, examples padded and masked.
+"""From texts to training data: whole documents packed into rows, long text cut, examples padded and masked.
 
 `pack`, `cut` and `examples` each give `Batches` of N rows of T tokens. Labels follow the usual convention: labels[n, t]
 is input_ids[n, t], or -100 (IGNORE) where the loss is not to count that token; the loss does the shift by one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from minilora.text.chat import ChatPrompt, Message, chat_ids, encode_prompt, render
 from minilora.text.tokenizer import AnyTokenizer
 from minilora.train_settings import IGNORE
 
@@ -29,24 +30,26 @@ class Batches:
 
 
 def pack(documents: Iterable[list[int]], length: int, tokenizer: AnyTokenizer) -> Batches:
-    """Whole documents side by side in rows of `length` tokens, each framed: <bos> document <eos>.
+    """Whole documents side by side in rows of `length` tokens, each framed: prefix document <eos>. The prefix is what
+    the tokenizer puts in front of a text: <bos> for ours, nothing for some.
 
     A document that does not fit the rest of a row starts the next row, so that no document is cut in two (a question
     cut off from its notes teaches guessing); only a document longer than a whole row is cut, into row-size pieces.
-    The rest of a row is padding. The loss counts neither padding nor <bos>.
+    The rest of a row is padding. The loss counts neither padding nor the prefix.
     """
     rows: list[list[int]] = [[]]
+    labels: list[list[int]] = [[]]
     for document in documents:
-        ids = [tokenizer.bos_id, *document, tokenizer.eos_id]
+        ids = [*tokenizer.prefix, *document, tokenizer.eos_id]
+        counted = [IGNORE] * len(tokenizer.prefix) + ids[len(tokenizer.prefix) :]
         for start in range(0, len(ids), length):
-            piece = ids[start : start + length]
-            if len(rows[-1]) + len(piece) > length:
+            piece = slice(start, start + length)
+            if len(rows[-1]) + len(ids[piece]) > length:
                 rows.append([])
-            rows[-1] += piece
-    input_ids = _padded(rows, length, tokenizer.eos_id)
-    labels = _padded(rows, length, IGNORE)
-    labels[labels == tokenizer.bos_id] = IGNORE
-    return Batches(input_ids, labels)
+                labels.append([])
+            rows[-1] += ids[piece]
+            labels[-1] += counted[piece]
+    return Batches(_padded(rows, length, tokenizer.eos_id), _padded(labels, length, IGNORE))
 
 
 def cut(ids: list[int], length: int) -> Batches:
@@ -57,26 +60,90 @@ def cut(ids: list[int], length: int) -> Batches:
     return Batches(rows, rows.clone())
 
 
-def examples(pairs: Iterable[tuple[str, str]], tokenizer: AnyTokenizer, max_length: int) -> Batches:
-    """One (prompt, completion) a row: <bos> prompt completion <eos>. The loss counts only the completion and <eos>.
+def examples(pairs: Iterable[tuple[ChatPrompt, str]], tokenizer: AnyTokenizer, max_length: int) -> Batches:
+    """One (prompt, completion) a row, as `example_row` makes it, padded to the longest.
 
-    Rows are padded to the longest. Prompt and completion are encoded apart, as generation has to encode a prompt.
     Raises ValueError for an example of more than `max_length` tokens.
     """
-    rows, labels = [], []
+    rows = []
     for prompt, completion in pairs:
-        before = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-        after = [*tokenizer.encode(completion), tokenizer.eos_id]
-        size = len(before) + len(after)
+        rows.append(example_row(prompt, completion, tokenizer))
+        size = len(rows[-1][0])
         if size > max_length:
             raise ValueError(
                 f"an example of {size} tokens is longer than the limit of {max_length}: {prompt[:40]!r}..."
             )
-        rows.append(before + after)
-        labels.append([IGNORE] * len(before) + after)
-    length = max(len(row) for row in rows)
-    return Batches(_padded(rows, length, tokenizer.eos_id), _padded(labels, length, IGNORE))
+    return padded(rows, tokenizer)
 
 
-def _padded(rows: list[list[int]], length: int, value: int) -> Tensor:
+Row = tuple[list[int], list[int]]  # input_ids and labels
+
+
+def example_row(prompt: ChatPrompt, completion: str, tokenizer: AnyTokenizer) -> Row:
+    """prefix prompt completion <eos>, or a chat that ends with the completion. The loss counts the completion and
+    <eos>; in a chat all that the assistant says.
+
+    Prompt and completion are encoded apart, as generation has to encode a prompt.
+    """
+    if not isinstance(prompt, str):
+        return _chat_row([*prompt, {"role": "assistant", "content": completion}], tokenizer)
+    before = encode_prompt(tokenizer, prompt)
+    after = [*tokenizer.encode(completion), tokenizer.eos_id]
+    return before + after, [IGNORE] * len(before) + after
+
+
+def _chat_row(messages: list[Message], tokenizer: AnyTokenizer) -> Row:
+    """A chat as the tokenizer's template writes it, up to its last end token. Counted, marked here with ^:
+
+    <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n<|im_start|>user\n...
+                                                           ^^^^^^^^^^^^^^^^
+
+    Raises ValueError for a template under which a prompt does not stay as it was once the chat goes on.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    steers = set(tokenizer.control.values())
+    so_far = ""
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt, answered = render(tokenizer, messages[:turn]), render(tokenizer, messages[: turn + 1], answer=False)
+        said, end = _answer_and_end(answered.removeprefix(prompt), message["content"], tokenizer)
+        if not (prompt.startswith(so_far) and answered.startswith(prompt) and end):
+            raise ValueError(
+                f"the chat template of {tokenizer.path} does not write a chat as prompt, answer and end token, one "
+                "after the other; generation would see something else than training"
+            )
+        so_far = prompt + said + end
+        # Of the prompt, what comes after the last answer. The end token of that answer is the row's last control token.
+        prompt_ids, steered = chat_ids(tokenizer, messages[:turn]), sum(id in steers for id in ids)
+        places = [place for place, id in enumerate(prompt_ids) if id in steers]
+        new = prompt_ids[places[steered - 1] + 1 :] if ids else prompt_ids
+        answer_ids = [*tokenizer.encode(said), tokenizer.control[end]]
+        ids += new + answer_ids
+        labels += [IGNORE] * len(new) + answer_ids
+    return ids, labels
+
+
+def _answer_and_end(rest: str, content: str, tokenizer: AnyTokenizer) -> tuple[str, str]:
+    """What the template writes behind the prompt, up to the end token, and the end token; "" where there is none.
+
+    White space around the content is the template's to choose: some strip it, some put a space in front.
+    """
+    ends = [name for name, id in tokenizer.control.items() if id in tokenizer.end_ids]
+    before, _, after = rest.partition(content.strip())
+    end = next((name for name in ends if after.lstrip().startswith(name)), "")
+    if before.strip() or not end:
+        return "", ""
+    return rest[: len(rest) - len(after.lstrip())], end
+
+
+def padded(rows: list[Row], tokenizer: AnyTokenizer) -> Batches:
+    """Rows of different lengths, each padded at its end to the longest."""
+    length = max(len(ids) for ids, _ in rows)
+    ids, labels = zip(*rows, strict=True)
+    return Batches(_padded(ids, length, tokenizer.eos_id), _padded(labels, length, IGNORE))
+
+
+def _padded(rows: Sequence[list[int]], length: int, value: int) -> Tensor:
     return torch.tensor([row + [value] * (length - len(row)) for row in rows])

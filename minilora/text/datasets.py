@@ -1,15 +1,23 @@
-"""What a run trains on: a task of the world, the standard library's source, or any UTF-8 file of the reader's own."""
+"""What a run trains on: a task of the world, an instruction set, the standard library, or the reader's own file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from minilora.text.batches import Batches, cut, examples
+from minilora.text.chat import ChatPrompt
 from minilora.text.english import python_code
+from minilora.text.instruction_sets import SCORERS, scored_task, shipped_file
+from minilora.text.instructions import load_instructions
 from minilora.text.tasks import TASKS, Task, load_task
 from minilora.text.tokenizer import AnyTokenizer
 
 PYTHON_CODE = "python-code"
+HELD_OUT = 200  # examples at most, unless asked otherwise
 VALIDATION_ROWS = 64  # at most, of a text: enough for a loss with two steady digits, few enough to evaluate often
+TRAINING = {"steps": 150, "batch_size": 16}
+# A real model knows most of what an answer needs, and each of its steps and evaluations is dear. Rows differ in length.
+INSTRUCTION_TRAINING = {"steps": 30, "batch_size": 8, "evaluations": 3, "group_by_length": True}
 
 
 @dataclass
@@ -17,25 +25,46 @@ class Dataset:
     name: str
     train: Batches
     validation: Batches
-    floor: float | None  # the least possible loss, in nats per counted token; None for a text, where nobody knows it
-    task: Task | None  # None for a text
-    prompts: list[str]  # beginnings to generate from, for samples before and after
+    floor: float | None  # the least possible loss, in nats per counted token; None where nobody knows it
+    task: Task | None  # None where there is no scorer
+    prompts: list[ChatPrompt]  # beginnings to generate from, for samples before and after
+    notes: str = ""  # what a reader of the results should know of the data
+    training: dict[str, Any] = field(default_factory=lambda: dict(TRAINING))  # of `schedule`, unless asked otherwise
 
 
-def load_dataset(name: str, tokenizer: AnyTokenizer, sequence_length: int = 256, seed: int = 0) -> Dataset:
-    """`name` is a task ("json", ...), "python-code", or the path of a text file.
+def data_named(name: str) -> str:
+    """What `--data` means: the path of an instruction set that ships ("orders"), or the name as it is."""
+    return str(shipped_file(name)) if name in SCORERS else name
 
-    A text is cut into rows of `sequence_length` tokens, the last tenth for validation. Raises ValueError for a name
-    that is none of these, and for a file that is empty, too short, or not UTF-8 text.
+
+def load_dataset(
+    name: str, tokenizer: AnyTokenizer, sequence_length: int = 256, seed: int = 0, count: int = HELD_OUT
+) -> Dataset:
+    """`name` is a task ("json", ...), "python-code", or the path of a text file or of instruction data (.jsonl).
+
+    A text is cut into rows of `sequence_length` tokens, the last tenth for validation. `count` is the most examples or
+    rows that are held out, to validate on and to score. Raises ValueError for a name that is none of these, and for a
+    file that is empty, too short, or not UTF-8 text.
     """
+    if count < 1:
+        raise ValueError(f"count is {count}; at least 1 example must be held out")
     if name in TASKS:
-        task = load_task(name, seed=seed)
+        task = load_task(name, validation_size=count, seed=seed)
         train, validation = (
             examples([(each.prompt, each.completion) for each in split], tokenizer, sequence_length)
             for split in (task.train, task.validation)
         )
         prompts = [each.prompt for each in task.validation[:3]]
         return Dataset(name, train, validation, task.floor(tokenizer), task, prompts)
+    file = Path(name)
+    if file.suffix.lower() == ".json":
+        raise ValueError(f"{name}: instruction data is one example a line, in a file that is called *.jsonl")
+    if file.suffix.lower() == ".jsonl" and file.is_file():
+        data = load_instructions(file, tokenizer, sequence_length, count, seed)
+        scored = scored_task(file, data.train_examples, data.validation_examples)
+        beginnings = [each.prompt for each in data.validation_examples[:3]]
+        training = dict(INSTRUCTION_TRAINING)
+        return Dataset(file.name, data.train, data.validation, None, scored, beginnings, data.notes, training)
     text = python_code() if name == PYTHON_CODE else read_text(name)
     ids = tokenizer.encode(text)
     if len(ids) < 2 * sequence_length:
@@ -45,16 +74,18 @@ def load_dataset(name: str, tokenizer: AnyTokenizer, sequence_length: int = 256,
         )
     held_out = max(sequence_length, len(ids) // 10)
     train = cut(ids[:-held_out], sequence_length)
-    validation = cut(ids[-held_out:][: VALIDATION_ROWS * sequence_length], sequence_length)
+    validation = cut(ids[-held_out:][: min(count, VALIDATION_ROWS) * sequence_length], sequence_length)
     starts = validation.input_ids[:3, : sequence_length // 4].tolist()
-    return Dataset(Path(name).name, train, validation, None, None, [tokenizer.decode(start) for start in starts])
+    return Dataset(file.name, train, validation, None, None, [tokenizer.decode(start) for start in starts])
 
 
 def read_text(path: str) -> str:
     """The file's text. Raises ValueError, naming the file, if it is missing, empty or not UTF-8 text."""
     file = Path(path)
     if not file.is_file():
-        raise ValueError(f"{path!r} is no task ({', '.join(TASKS)}), not {PYTHON_CODE}, and no file")
+        raise ValueError(
+            f"{path!r} is no task ({', '.join(TASKS)}), no data ({', '.join(SCORERS)}, {PYTHON_CODE}), and no file"
+        )
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

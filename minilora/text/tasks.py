@@ -15,14 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from minilora.text import words
+from minilora.text.chat import ChatPrompt
 from minilora.text.tokenizer import AnyTokenizer
 from minilora.text.world import FACTS, Dice, World, fixed_people, state
 
 
 @dataclass
 class Example:
-    prompt: str
-    completion: str  # starts with a space
+    prompt: ChatPrompt
+    completion: str  # after a text it starts with a space
     nats: float = 0.0  # the entropy of the completion given the prompt
 
 
@@ -67,7 +68,9 @@ def json_example(world: World, dice: Dice) -> Example:
 def is_right_json(example: Example, answer: str) -> bool:
     """One JSON object with the right keys in the right order and the right values; white space is free."""
     try:
-        return json.loads(answer, object_pairs_hook=list) == json.loads(example.completion, object_pairs_hook=list)
+        # repr, because in Python True == 1 == 1.0, and in JSON these are three different values
+        given, right = (repr(json.loads(text, object_pairs_hook=list)) for text in (answer, example.completion))
+        return given == right
     except (ValueError, RecursionError):
         return False
 
