@@ -12,6 +12,7 @@ import torch
 
 from minilora import GPT, GPTConfig, LoRAConfig, MemoryMeter, apply_lora, count_parameters
 from minilora.experiments import compare as compare_file
+from minilora.experiments import timing
 from minilora.experiments.compare import (
     bits_per_weight,
     compare,
@@ -29,9 +30,10 @@ from minilora.inference.evaluate import Scored, score_task
 from minilora.linear4bit import quantize_model
 from minilora.memory import KINDS
 from minilora.quant import Quantization
+from minilora.rows import batch_of, batch_rows
 from minilora.text.tasks import load_task
-from minilora.train import batch_rows, evaluate_loss, make_optimizer, training_step
-from minilora.train_settings import History
+from minilora.train import evaluate_loss, make_optimizer, training_step
+from minilora.train_settings import IGNORE, History
 
 MIB = 2**20
 
@@ -53,7 +55,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(compare_file, "time", clock)
+    for module in (compare_file, timing):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
@@ -166,14 +169,26 @@ def test_one_more_step_is_a_training_step_that_changes_next_to_nothing(make_expe
     assert loss == pytest.approx(expected, abs=1e-5), f"the loss of the first batch is {expected}, not {loss}"
 
 
+def test_one_more_step_sees_the_batch_that_the_loop_sees(make_experiment):
+    data = make_experiment().dataset.train
+    labels = data.labels.clone()
+    labels[:, 11:] = IGNORE
+    dataset = replace(make_experiment().dataset, train=replace(data, labels=labels))
+    finished, read = untrained(make_experiment(dataset=dataset)), []
+    finished.model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: read.append(inputs[0]))
+    prepare_steps(finished)[0]()
+    expected = data.input_ids[batch_rows(12, 0, finished.experiment.training)][:, :11]
+    shape = tuple(read[0].shape)
+    assert torch.equal(read[0], expected), f"4 rows, trimmed to 11 columns, were expected, got {shape} or other rows"
+
+
 @pytest.mark.parametrize("method", ["full", "lora", "qlora", "prefix"])
 def test_bytes_are_those_of_the_second_step(make_experiment, method):
     """The first makes the optimizer's state when activations are gone: its peak is not that of all the others."""
     experiment = make_experiment(method)
     finished = untrained(experiment)
     by_hand, training = copy.deepcopy(finished.model).train(), experiment.training
-    rows = batch_rows(12, 0, training)
-    ids, labels = experiment.dataset.train.input_ids[rows], experiment.dataset.train.labels[rows]
+    ids, labels = batch_of(experiment.dataset.train, 0, training)
     optimizer, highest = make_optimizer(by_hand, training), []
     for _ in range(2):
         with MemoryMeter(by_hand, optimizer) as meter:
@@ -202,8 +217,11 @@ def test_bytes_of_weights_gradients_and_optimizer_in_closed_form(make_experiment
             assert found[kind] == value, f"{method}, {kind}: expected {value} bytes, off by {found[kind] - value}"
 
 
-def timed_runs(monkeypatch, clock, seconds: dict[str, list[float]]) -> tuple[list, list]:
-    """Runs whose steps take the seconds of this list, one after the other, and the order in which they were taken."""
+def timed_runs(monkeypatch, clock, seconds: dict[str, list[float]], in_training=0.1) -> tuple[list, list]:
+    """Runs whose steps take the seconds of this list, one after the other, and the order in which they were taken.
+
+    in_training: the median seconds of a step of each run, in its history.
+    """
     taken = []
 
     def prepare_steps(finished):
@@ -221,7 +239,8 @@ def timed_runs(monkeypatch, clock, seconds: dict[str, list[float]]) -> tuple[lis
         return step, None
 
     monkeypatch.setattr(compare_file, "prepare_steps", prepare_steps)
-    return [SimpleNamespace(experiment=SimpleNamespace(method=method)) for method in seconds], taken
+    history = SimpleNamespace(seconds_per_step=in_training)
+    return [SimpleNamespace(experiment=SimpleNamespace(method=method), history=history) for method in seconds], taken
 
 
 def test_step_ratios_are_the_median_of_ratios_without_the_first(monkeypatch, clock):
@@ -237,6 +256,13 @@ def test_step_ratios_are_the_median_of_ratios_without_the_first(monkeypatch, clo
         what = f"{method}: expected {expected} (with the warm-up {with_warm_up:.3g}), off by {found[method] - expected}"
         assert found[method] == pytest.approx(expected, rel=1e-9), what
     assert list(found) == ["full", "lora", "dora"], f"in the order of the runs: {list(found)}"
+
+
+def test_long_steps_are_timed_in_fewer_rounds(monkeypatch, clock):
+    seconds = {"full": [9.0, 4.0, 4.0, 4.0], "lora": [9.0, 2.0, 3.0, 2.0]}
+    runs, taken = timed_runs(monkeypatch, clock, seconds, in_training=3.0)
+    assert step_ratios(runs, progress=False) == {"full": 1.0, "lora": 0.5}
+    assert taken == ["full", "lora"] * 4, f"a round to warm up and three that count: {taken}"
 
 
 # The table
@@ -413,9 +439,9 @@ def test_a_text_is_continued_and_a_task_is_answered(make_experiment, pirate, mon
         compare_file, "generate", lambda *given, **how: asked.append((*given, how)) or generate(*given, **how)
     )
     written = sample(model, experiment)
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in experiment.dataset.prompts]
+    prompts = [[*tokenizer.prefix, *tokenizer.encode(prompt)] for prompt in experiment.dataset.prompts]
     room = min(48, 64 - len(prompts[1]))
-    how = dict(temperature=0.7, seed=0, eos_id=tokenizer.eos_id)
+    how = dict(temperature=0.7, seed=0, eos_id=tokenizer.end_ids)
     assert asked == [(model, prompts, room, how)], f"expected {(prompts, room, how)}, asked for {asked[0][1:]}"
     expected = [tokenizer.decode(ids) for ids in generate(model, prompts, room, **how)]
     assert written == expected, f"expected {expected}, got {written}"
@@ -432,6 +458,9 @@ def test_a_sample_is_the_prompt_and_what_each_model_says(pirate, make_experiment
     assert said == expected, f"expected {expected}, got {said}"
     text = samples_text(["one"], {"full": ["two", "three"]}, make_experiment().dataset).splitlines()
     assert text == ["", "prompt", "    The", "base, before", "    one", "full, after", "    two"], text
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    text = samples_text(["one"], {}, make_experiment(dataset=replace(dataset, prompts=[chat])).dataset).splitlines()
+    assert text[:3] == ["", "prompt", "    Why?"], f"of a chat, what the user said last: {text}"
 
 
 def test_losses_of_a_real_run_are_those_of_its_model(make_experiment, tmp_path):

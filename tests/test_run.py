@@ -1,5 +1,6 @@
 """One run: its seed, its schedule, how its base is loaded, and what it says of what it saves."""
 
+import json
 import math
 import shutil
 from dataclasses import asdict, replace
@@ -8,16 +9,27 @@ import pytest
 import torch
 
 from minilora import count_parameters, load_adapter, load_model, lora_layers
+from minilora.__main__ import build_parser, experiments_of
 from minilora.adapters.prompts import Prompt
 from minilora.experiments import run as run_file
 from minilora.experiments.methods import DEFAULT_METHODS, LORA_CHANGES, METHODS, BaseFolder
-from minilora.experiments.run import BASE, Run, finetune, open_base, run, schedule, tuned_learning_rate
+from minilora.experiments.run import (
+    BASE,
+    Run,
+    finetune,
+    open_base,
+    run,
+    schedule,
+    tuned_experiments,
+    tuned_learning_rate,
+)
 from minilora.inference.evaluate import Scored
 from minilora.linear4bit import quantized_layers
 from minilora.model import GPT
 from minilora.quant import QLORA, Quantization
 from minilora.storage.files import write_json
 from minilora.storage.prompts import load_prompt
+from minilora.text.tokenizer import open_tokenizer, save_tokenizer
 from minilora.train_settings import History
 
 IDS = torch.arange(20).view(2, 10)
@@ -87,6 +99,57 @@ def test_a_rate_that_was_not_tuned_is_borrowed_in_order(monkeypatch, tmp_path, d
     assert found == expected, f"{method} on {data} takes {why}, and not {names[found]}'s"
     with pytest.raises(ValueError, match="'magic'.*--learning-rate"):
         tuned_learning_rate(data, "magic")
+
+
+def test_the_data_says_how_long_a_run_is_unless_asked_otherwise(make_experiment, tmp_path):
+    plan = {"steps": 6, "batch_size": 3, "evaluations": 2, "group_by_length": True}
+    data = replace(make_experiment().dataset, name="json", training=plan)
+    for asked, steps in ((None, 6), (8, 8)):
+        (experiment,) = tuned_experiments(make_experiment().base, data, ["lora"], asked)
+        found = experiment.training
+        expected = (steps, 3, steps // 2, True, tuned_learning_rate("json", "lora"))
+        shown = found.steps, found.batch_size, found.eval_every, found.group_by_length, found.learning_rate
+        assert shown == expected, f"expected {expected}, got {shown}"
+
+
+def test_instruction_data_takes_short_runs_of_rows_of_like_length(base_folder, tmp_path):
+    file = tmp_path / "notes.jsonl"
+    lines = [{"prompt": f"Number {n}?", "completion": f" {n}"} for n in range(12)]
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    common = ["finetune", "--base", str(base_folder.directory), "--sequence-length", "32", "--learning-rate", "1"]
+
+    def training_of(*more):
+        (experiment,) = experiments_of(build_parser().parse_args([*common, *more]), ["lora"])
+        return experiment.training
+
+    short, long = training_of("--data", str(file)), training_of("--task", "dialect", "--sequence-length", "64")
+    assert (short.steps, short.batch_size, short.eval_every, short.group_by_length) == (30, 8, 10, True), short
+    assert (long.steps, long.batch_size, long.eval_every, long.group_by_length) == (150, 16, 15, False), long
+    asked = training_of("--data", str(file), "--steps", "4", "--batch-size", "2", "--no-group-by-length")
+    assert (asked.steps, asked.batch_size, asked.group_by_length) == (4, 2, False), asked
+
+
+def test_a_wide_base_borrows_from_a_wide_one(base_folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(run_file, "WIDE", 16)  # the base of the tests is as wide
+    name = base_folder.name
+    rates = {
+        f"{name}/notes.jsonl": 1,
+        f"{name}/orders.jsonl": 2,
+        "smollm2/pirate.jsonl": 3,
+        "json": 4,
+        "notes.jsonl": 5,
+    }
+    for expected, kept in ((1, list(rates)), (2, list(rates)[1:]), (3, list(rates)[2:])):
+        write_json(tmp_path / "rates.json", {key: {"lora": {"chosen": rates[key]}} for key in kept})
+        monkeypatch.setattr(run_file, "LEARNING_RATES", tmp_path / "rates.json")
+        found = tuned_learning_rate("notes.jsonl", "lora", base_folder)
+        assert found == expected, f"of {kept} the rate of {kept[0]} is the nearest, not {found}"
+        assert tuned_learning_rate("notes.jsonl", "qlora", base_folder) == expected, "QLoRA's is LoRA's"
+    write_json(tmp_path / "rates.json", {"json": {"lora": {"chosen": 4}}})
+    with pytest.raises(ValueError, match="no learning rate was tuned"):
+        tuned_learning_rate("notes.jsonl", "lora", base_folder)
+    monkeypatch.setattr(run_file, "WIDE", 17)
+    assert tuned_learning_rate("notes.jsonl", "lora", base_folder) == 4, "a narrow base borrows from the shipped one"
 
 
 def test_every_method_has_a_tuned_rate():
@@ -219,11 +282,12 @@ def test_a_text_has_no_score_and_a_full_fine_tune_its_tokenizer(make_experiment,
 def test_the_tokenizer_s_settings_are_copied_with_it(base_folder, tmp_path):
     folder, out = tmp_path / "base", tmp_path / "out"
     shutil.copytree(base_folder.directory, folder)
-    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "Hi"}')
     out.mkdir()
-    run_file.copy_tokenizer(open_base(folder), out)
+    save_tokenizer(open_base(folder).tokenizer, out)
     names = {file.name for file in out.iterdir()}
-    assert names == {"tokenizer.model", "tokenizer_config.json"}, f"copied: {names}"
+    assert open_tokenizer(out).chat_template == "Hi", "the chat template is lost"
+    assert names == {"tokenizer.model", "tokenizer_config.json", "generation_config.json"}, f"copied: {names}"
 
 
 def test_what_is_in_the_settings_decides_the_run(make_experiment):

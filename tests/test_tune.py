@@ -110,8 +110,19 @@ def test_what_is_stored_says_how_it_was_found(make_experiment, runs, rates):
     assert tried == [*(("lora", rate) for rate in GRID), *(("prefix", rate) for rate in grid_of("prefix"))], tried
 
 
+def test_a_wide_base_has_lower_grids_and_a_place_of_its_own(make_experiment, runs, rates, monkeypatch):
+    monkeypatch.setattr(tune_file, "is_wide", lambda base: True)
+    experiment = make_experiment("lora")
+    tune([experiment], progress=False)
+    stored = json.loads(rates.read_text())
+    assert set(stored) == {"words", "json", f"{experiment.base.name}/words"}, f"stored under {list(stored)}"
+    assert [rate for _, rate, _ in runs][:3] == [1e-3, 3e-3, 1e-2], f"tried {runs}"
+    for method in METHODS:
+        assert max(grid_of(method, wide=True)) < max(grid_of(method)), f"{method}: a wide base wants smaller steps"
+
+
 def test_a_rate_that_diverges_is_kept_on_record_and_not_chosen(make_experiment, runs, rates, monkeypatch):
-    monkeypatch.setattr(tune_file, "grid_of", lambda method: [1.0, 0.1, 3.0])
+    monkeypatch.setattr(tune_file, "grid_of", lambda method, wide: [1.0, 0.1, 3.0])
     grid = tune([make_experiment("prefix")], progress=False)["prefix"]["grid"]
     losses = {row["learning_rate"]: row["validation_loss"] for row in grid}
     assert list(losses) == sorted(losses) and losses[3.0] is None, f"in order, with None where it diverged: {grid}"
@@ -124,7 +135,7 @@ def test_a_rate_that_diverges_is_kept_on_record_and_not_chosen(make_experiment, 
 
 def test_a_grid_that_diverges_throughout_is_named(make_experiment, runs, rates, monkeypatch):
     before = rates.read_text()
-    monkeypatch.setattr(tune_file, "grid_of", lambda method: [2.0, 4.0])
+    monkeypatch.setattr(tune_file, "grid_of", lambda method, wide: [2.0, 4.0])
     with pytest.raises(ValueError, match="dora diverged at every rate of its grid, 2.0, 4.0"):
         tune([make_experiment("dora")], progress=False)
     assert rates.read_text() == before, "nothing was found, so nothing may be stored"

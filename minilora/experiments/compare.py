@@ -16,23 +16,25 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from minilora.adapters.inject import count_parameters
 from minilora.adapters.prompts import Prompt
 from minilora.experiments import figures
 from minilora.experiments.methods import Experiment
 from minilora.experiments.run import Run, run
+from minilora.experiments.timing import Timing, ratios_in_turn
 from minilora.inference.evaluate import Scored, score_task
 from minilora.inference.generate import generate
 from minilora.linear4bit import float_linears, quantized_layers
 from minilora.memory import KINDS, MemoryMeter, format_bytes
 from minilora.model import GPT
+from minilora.rows import batch_of
 from minilora.storage.files import make_folder, write_json
+from minilora.text.chat import encode_prompt
 from minilora.text.datasets import Dataset
-from minilora.train import batch_rows, make_optimizer, set_gradient_checkpointing, training_step
+from minilora.train import make_optimizer, set_gradient_checkpointing, training_step
 
-TIMING_ROUNDS = 8
+TIMING_ROUNDS = 7
 COLUMNS = 5  # methods beside each other in the table
 
 
@@ -68,7 +70,7 @@ def compare(experiments: list[Experiment], seeds: list[int], out: Path, progress
     results = {
         "environment": environment | {"threads": torch.get_num_threads()},
         "task": dataset.name,
-        "base": base.directory.name,
+        "base": base.name,
         "seed": seeds[0],
         "seeds": seeds,
         "loss_floor": dataset.floor,
@@ -116,8 +118,7 @@ def prepare_steps(finished: Run) -> tuple[Callable[[], Tensor], Optimizer]:
     """A function that takes one more training step of the run, at a rate too small to matter; and its optimizer."""
     model, config = finished.model, replace(finished.experiment.training, learning_rate=1e-9)
     data, device = finished.experiment.dataset.train, finished.experiment.base.device
-    rows = batch_rows(len(data), 0, config)
-    input_ids, labels = data.input_ids[rows].to(device), data.labels[rows].to(device)  # (B, T)
+    input_ids, labels = (part.to(device) for part in batch_of(data, 0, config))  # (B, T)
     optimizer = make_optimizer(model, config)
     set_gradient_checkpointing(model, config.gradient_checkpointing)
     model.train()
@@ -136,15 +137,12 @@ def measure_bytes(finished: Run) -> dict[str, int]:
 def step_ratios(runs: list[Run], progress: bool) -> dict[str, float]:
     """Each method's time per step over the first's: steps taken in turn, A B A B, and the median of the ratios."""
     steps = {finished.experiment.method: prepare_steps(finished)[0] for finished in runs}
-    seconds: dict[str, list[float]] = {method: [] for method in steps}
-    for _ in tqdm(range(TIMING_ROUNDS), "timing steps in turn", disable=not progress):
-        for method, step in steps.items():
-            began = time.perf_counter()
-            step().item()  # waits for the device
-            seconds[method].append(time.perf_counter() - began)
-    first = next(iter(seconds.values()))
-    pairs = {method: zip(times[1:], first[1:], strict=True) for method, times in seconds.items()}  # the first warms up
-    return {method: statistics.median(b / a for b, a in pair) for method, pair in pairs.items()}
+    actions = {method: lambda step=step: step().item() for method, step in steps.items()}  # item waits for the device
+    dear = sum(finished.history.seconds_per_step for finished in runs) > 2  # seconds; a long step needs fewer rounds
+    timing = Timing(3 if dear else TIMING_ROUNDS, progress=progress)
+    ratios = ratios_in_turn(actions, timing, "timing steps in turn")
+    medians = {method: statistics.median(values) for method, values in ratios.items()}
+    return {next(iter(steps)): 1.0} | medians
 
 
 def sample(model: GPT | Prompt, experiment: Experiment) -> Scored | list[str]:
@@ -152,9 +150,9 @@ def sample(model: GPT | Prompt, experiment: Experiment) -> Scored | list[str]:
     dataset, tokenizer = experiment.dataset, experiment.base.tokenizer
     if dataset.task:
         return score_task(model, tokenizer, dataset.task)
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in dataset.prompts]
+    prompts = [encode_prompt(tokenizer, prompt) for prompt in dataset.prompts]
     room = model.config.max_position_embeddings - max(len(prompt) for prompt in prompts)
-    written = generate(model, prompts, min(48, room), temperature=0.7, seed=0, eos_id=tokenizer.eos_id)
+    written = generate(model, prompts, min(48, room), temperature=0.7, seed=0, eos_id=tokenizer.end_ids)
     return [tokenizer.decode(ids) for ids in written]
 
 
@@ -207,7 +205,7 @@ def samples_text(before: Scored | list[str], after: dict[str, Scored | list[str]
         return said.answers[0] if isinstance(said, Scored) else said[0]
 
     prompt = before.examples[0].prompt if isinstance(before, Scored) else dataset.prompts[0]
-    said = {"prompt": prompt, "base, before": first(before)}
+    said = {"prompt": prompt if isinstance(prompt, str) else prompt[-1]["content"], "base, before": first(before)}
     said |= {f"{method}, after": first(sampled) for method, sampled in after.items()}
     lines = [""]
     for name, text in said.items():

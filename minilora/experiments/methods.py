@@ -16,6 +16,7 @@ from minilora.adapters.inject import apply_loftq, apply_lora, lora_layers
 from minilora.adapters.prompts import PrefixTuning, Prompt, SoftPrompt
 from minilora.adapters.variants import freeze_A, loraplus_groups
 from minilora.config import LoRAConfig
+from minilora.dtypes import HALF_PRECISION, dtype_name
 from minilora.linear4bit import quantize_model, quantized_layers
 from minilora.model import GPT
 from minilora.quant import QLORA, Quantization
@@ -52,15 +53,21 @@ class BaseFolder:
     directory: Path
     tokenizer: AnyTokenizer
     device: str
+    dtype: torch.dtype = torch.float32  # of the base's weights; adapters are float32 on a base in half precision too
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
 
     def load(self, quantization: Quantization | None = None) -> GPT:
-        """In float32, or with the block linears in 4 bits."""
-        return load_model(self.directory, torch.float32, self.device, quantization)
+        """In floats, or with the block linears in 4 bits."""
+        return load_model(self.directory, self.dtype, self.device, quantization)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that decides one run. Raises ValueError for an unknown method."""
+    """Everything that decides one run. Raises ValueError for an unknown method, and for one that trains weights in half
+    precision."""
 
     base: BaseFolder
     dataset: Dataset
@@ -74,6 +81,9 @@ class Experiment:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}; known: {', '.join(METHODS)}")
+        if self.method == "full" and self.base.dtype in HALF_PRECISION:
+            fault = f"method full cannot train weights in {dtype_name(self.base.dtype)}: a step far below the weight"
+            raise ValueError(f"{fault} rounds away; use float32 weights, which precision bfloat16 makes fast as well")
 
     @property
     def method_settings(self) -> dict:

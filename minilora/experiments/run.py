@@ -15,51 +15,74 @@ from minilora.experiments.methods import BaseFolder, Experiment, finish, prepare
 from minilora.inference.evaluate import score_task
 from minilora.model import GPT
 from minilora.storage.adapters import save_adapter
-from minilora.storage.config import MODEL_CONFIG
-from minilora.storage.files import make_folder, read_json, replacing
+from minilora.storage.config import MODEL_CONFIG, load_config
+from minilora.storage.files import make_folder, read_json
+from minilora.storage.get import find_base
 from minilora.storage.models import MODEL_WEIGHTS, save_model
 from minilora.storage.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from minilora.storage.prompts import save_prompt
 from minilora.text.datasets import PYTHON_CODE, Dataset
 from minilora.text.tasks import TASKS
-from minilora.text.tokenizer import open_tokenizer
+from minilora.text.tokenizer import open_tokenizer, save_tokenizer
 from minilora.train import train
 from minilora.train_settings import History, TrainConfig
 
 DATA = Path(__file__).parents[2] / "data"
 BASE = DATA / "base"
 LEARNING_RATES = DATA / "learning_rates.json"
+WIDE = 384  # hidden_size; the shipped base has 192, SmolLM2 576
 
 
-def open_base(directory: str | Path, device: str = "cpu") -> BaseFolder:
-    """Raises FileNotFoundError or ValueError for a folder that is not a Llama-layout model with a tokenizer."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise FileNotFoundError(f"there is no base model folder {directory}")
-    return BaseFolder(directory, open_tokenizer(directory), device)
+def open_base(base: str | Path, device: str = "cpu") -> BaseFolder:
+    """base: a Llama-layout folder with a tokenizer, a GGUF file, or the name of a model that `get` has fetched.
+
+    Raises FileNotFoundError or ValueError for anything else.
+    """
+    path = find_base(base)
+    return BaseFolder(path, open_tokenizer(path), device)
 
 
-def schedule(steps: int, learning_rate: float, batch_size: int = 16, seed: int = 0, **more) -> TrainConfig:
-    """The TrainConfig that every method gets: a twentieth of the run to warm up, ten evaluations."""
-    warmup_steps, eval_every = min(steps - 1, max(1, steps // 20)), max(1, steps // 10)
+def schedule(
+    steps: int, learning_rate: float, batch_size: int = 16, seed: int = 0, evaluations: int = 10, **more
+) -> TrainConfig:
+    """The TrainConfig that every method gets: a twentieth of the run to warm up. more: its other fields."""
+    warmup_steps, eval_every = min(steps - 1, max(1, steps // 20)), max(1, steps // evaluations)
     return TrainConfig(steps, batch_size, learning_rate, warmup_steps, eval_every=eval_every, seed=seed, **more)
 
 
-def tuned_learning_rate(data: str, method: str) -> float:
-    """The choice from the grid in data/learning_rates.json.
+def tuned_learning_rate(data: str, method: str, base: BaseFolder | None = None) -> float:
+    """The choice from the grid in data/learning_rates.json; base None is the shipped one.
 
-    Where nothing was tuned for this data, the choice for `json` or else `dialect`; for a text, `python-code` first.
+    Where nothing was tuned for this data, the choice for `json` or else `dialect`; for a text, `python-code` first. A
+    rate depends on a model's width: from WIDE on, a base borrows from SmolLM2 and not from the narrow one that we ship,
+    and there QLoRA, which is LoRA on a rounded base, takes LoRA's rate until it has one of its own.
     """
     tuned = read_json(LEARNING_RATES)
-    for name in (data, *([PYTHON_CODE] if data not in TASKS else []), "json", "dialect"):
+    is_text, wide = data not in TASKS and not data.endswith(".jsonl"), base is not None and is_wide(base)
+    names = [data, *([PYTHON_CODE] if is_text else []), "json", "dialect"]
+    if base and wide:
+        names = [
+            f"{owner}/{name}" for owner in (base.name, "smollm2") for name in (data, "orders.jsonl", "pirate.jsonl")
+        ]
+    for name in names:
         if method in tuned.get(name, {}):
             return tuned[name][method]["chosen"]
+    if method == "qlora" and wide:
+        return tuned_learning_rate(data, "lora", base)
     raise ValueError(f"no learning rate was tuned for method {method!r}; give one with --learning-rate")
 
 
-def tuned_experiments(base: BaseFolder, data: Dataset, methods: Sequence[str], steps: int, **more) -> list[Experiment]:
+def is_wide(base: BaseFolder) -> bool:
+    return load_config(base.directory).hidden_size >= WIDE
+
+
+def tuned_experiments(
+    base: BaseFolder, data: Dataset, methods: Sequence[str], steps: int | None = None, **more
+) -> list[Experiment]:
     """One experiment for each method, at the rate that was tuned for it on this data. more: fields of Experiment."""
-    plans = {method: schedule(steps, tuned_learning_rate(data.name, method)) for method in methods}
+    training = data.training | ({} if steps is None else {"steps": steps})
+    rates = {method: tuned_learning_rate(data.name, method, base) for method in methods}
+    plans = {method: schedule(learning_rate=rate, **training) for method, rate in rates.items()}
     return [Experiment(base, data, method, plan, **more) for method, plan in plans.items()]
 
 
@@ -88,7 +111,7 @@ class Run:
         assert isinstance(self.model, GPT)
         remove_lora(self.model)
         save_model(self.model, directory)
-        copy_tokenizer(self.experiment.base, directory)
+        save_tokenizer(self.experiment.base.tokenizer, directory)
 
 
 def run(experiment: Experiment, state_path: Path | None = None, resume: bool = False, progress: bool = True) -> Run:
@@ -130,7 +153,7 @@ def finetune(experiment: Experiment, out: Path, resume: bool = False, progress: 
     model, base, dataset = finished.model, experiment.base, experiment.dataset
     size = finished.save(out)
     if experiment.method == "full":
-        copy_tokenizer(base, out)
+        save_tokenizer(base.tokenizer, out)
     trainable, total = count_parameters(model)
     summary = {
         "method": experiment.method,
@@ -148,11 +171,3 @@ def finetune(experiment: Experiment, out: Path, resume: bool = False, progress: 
         summary["base"] = str(out / "base")
     state.unlink()  # last: killed before this, the run can be resumed
     return summary
-
-
-def copy_tokenizer(base: BaseFolder, directory: Path):
-    """Puts the base's tokenizer into a folder: a model without its tokenizer is of no use."""
-    for file in (base.tokenizer.path, base.tokenizer.path.with_name("tokenizer_config.json")):
-        if file.is_file():
-            with replacing(directory / file.name) as copy:
-                copy.write_bytes(file.read_bytes())

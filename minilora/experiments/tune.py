@@ -4,20 +4,23 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from minilora.experiments.methods import Experiment
-from minilora.experiments.run import LEARNING_RATES, run
+from minilora.experiments.run import LEARNING_RATES, is_wide, run
 from minilora.storage.files import read_json, write_json
 from minilora.train_settings import NonFiniteError
 
 # Each rate is about three times the one before. LoRA's best rate is said to lie about ten times above that of full
-# fine-tuning; here it was one to three times. LoRA+'s rate is A's, and PiSSA starts with large factors, so both begin
-# lower; trained embeddings and keys need far larger steps.
+# fine-tuning; on the shipped base it was one to three times. LoRA+'s rate is A's, and PiSSA starts with large factors,
+# so both begin lower; trained embeddings and keys need far larger steps. A wide base is offered a third of everything,
+# and a tenth of full fine-tuning's grid, which LoRA+ and PiSSA share.
 GRIDS = {"full": [1e-3, 3e-3, 1e-2], "lora": [3e-3, 1e-2, 3e-2], "prompt": [3e-2, 1e-1, 3e-1]}
+WIDE_GRIDS = {"full": [1e-4, 3e-4, 1e-3], "lora": [1e-3, 3e-3, 1e-2], "prompt": [1e-2, 3e-2, 1e-1]}
 GRID_OF = {"full": "full", "lora+": "full", "pissa": "full", "soft-prompt": "prompt", "prefix": "prompt"}  # else lora's
 TUNING_SEED = 1000  # not one of the seeds that are compared
 
 
-def grid_of(method: str) -> list[float]:
-    return GRIDS[GRID_OF.get(method, "lora")]
+def grid_of(method: str, wide: bool = False) -> list[float]:
+    """Where the search begins for a method; wide: on a base as wide as SmolLM2."""
+    return WIDE_GRIDS[GRID_OF.get(method, "lora")] if wide else GRIDS[GRID_OF.get(method, "lora")]
 
 
 def tune(experiments: list[Experiment], progress: bool = True) -> dict:
@@ -37,7 +40,8 @@ def tune(experiments: list[Experiment], progress: bool = True) -> dict:
                 return None
 
         method, data = experiment.method, experiment.dataset.name
-        losses = search(loss_at, grid_of(method))
+        wide = is_wide(experiment.base)
+        losses = search(loss_at, grid_of(method, wide))
         finite = {rate: loss for rate, loss in losses.items() if loss is not None}
         if not finite:
             raise ValueError(f"{method} diverged at every rate of its grid, {', '.join(map(str, losses))}")
@@ -50,7 +54,8 @@ def tune(experiments: list[Experiment], progress: bool = True) -> dict:
             **experiment.method_settings,
         }
         choices = read_json(LEARNING_RATES) if LEARNING_RATES.exists() else {}
-        choices[data] = choices.get(data, {}) | {method: chosen[method]}
+        key = f"{experiment.base.name}/{data}" if wide else data
+        choices[key] = choices.get(key, {}) | {method: chosen[method]}
         write_json(LEARNING_RATES, choices)
     return chosen
 

@@ -1,0 +1,54 @@
+"""Things timed in turn, A B A B, in one process: what else the machine does meets all of them alike."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+Actions = dict[str, Callable]  # by name, what is timed
+
+
+@dataclass
+class Timing:
+    """How a measurement is taken, whatever is measured."""
+
+    rounds: int = 5
+    threads: int = 2
+    seed: int = 0
+    progress: bool = True
+
+
+def ratios_in_turn(
+    actions: Actions, timing: Timing, description: str, warm_up: Callable[[str, Callable], Any] | None = None
+) -> dict[str, list[float]]:
+    """For every action but the first, the ratio of its time to the first's in each round.
+
+    A round before these warms up and does not count. warm_up: called in it with name and action, to run the action.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for number in tqdm(range(1 + timing.rounds), description, disable=not timing.progress):
+        for name, action in actions.items():
+            began = time.perf_counter()
+            if number == 0 and warm_up is not None:
+                warm_up(name, action)
+            else:
+                action()
+            seconds[name].append(time.perf_counter() - began)
+    first, *others = actions
+    pairs = {name: zip(seconds[name][1:], seconds[first][1:], strict=True) for name in others}
+    return {name: [own / reference for own, reference in pair] for name, pair in pairs.items()}
+
+
+@contextmanager
+def thread_count(threads: int) -> Iterator[None]:
+    """Inside the block torch computes with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
