@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minilora.experiments import bench
+from minilora.experiments import bench, timing
 from minilora.experiments.bench import BenchRow, BenchSettings, format_bench, run_bench
 
 TINY = BenchSettings(
@@ -38,10 +38,10 @@ def rows():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """In place of the bench's `time`: it stands still but for what is added to `now`."""
+    """In place of the `time` of what is timed in turn: it stands still but for what is added to `now`."""
     clock = SimpleNamespace(now=0.0)
     clock.perf_counter = lambda: clock.now
-    monkeypatch.setattr(bench, "time", clock)
+    monkeypatch.setattr(timing, "time", clock)
     return clock
 
 

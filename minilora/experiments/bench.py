@@ -16,18 +16,18 @@ first adapter needs one (below 2/3). Attention's own products are left out, beca
 
 import os
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from minilora.adapters.adapter import extract_adapter
 from minilora.adapters.inject import adapter_parameters, apply_lora, merge_lora
 from minilora.config import LoRAConfig
+from minilora.experiments.timing import Actions, Timing, ratios_in_turn, thread_count
 from minilora.inference.bank import AdapterBank
 from minilora.inference.generate import generate
 from minilora.linear4bit import quantize_model
@@ -36,11 +36,9 @@ from minilora.quant import dequantize, quantize
 from minilora.train import make_optimizer, training_step
 from minilora.train_settings import TrainConfig
 
-Actions = dict[str, Callable]  # by name, what is timed
-
 
 @dataclass
-class BenchSettings:
+class BenchSettings(Timing):
     """The shapes that are timed. Our claims are made for the defaults; a bar means nothing at another shape."""
 
     hidden_size: int = 512
@@ -53,10 +51,6 @@ class BenchSettings:
     r: int = 8
     matrix_size: int = 4096  # of the square weight that is quantized
     serving_rows: int = 16  # of a batch in which each row has an adapter of its own
-    rounds: int = 5
-    threads: int = 2
-    seed: int = 0
-    progress: bool = True
 
     def build_model(self) -> GPT:
         """A plain model of this shape, with the same weights at every call."""
@@ -74,7 +68,7 @@ class BenchSettings:
             nn.init.normal_(parameter, std=0.02)
         return model
 
-    def random_ids(self, *shape: int) -> torch.Tensor:
+    def random_ids(self, *shape: int) -> Tensor:
         """int64, the same at every call."""
         return torch.randint(self.vocab_size, shape, generator=torch.Generator().manual_seed(self.seed))
 
@@ -91,29 +85,24 @@ class BenchRow:
     arithmetic: float | None  # ratio of the matrix products' floating-point operations, where there are any
 
 
-def interleave(actions: Actions, settings: BenchSettings, description: str) -> tuple[dict, dict]:
+def interleave(actions: Actions, settings: Timing, description: str) -> tuple[dict, dict]:
     """Runs the actions in turn, and holds the others against the first.
 
     Returns, for each of the others, the ratio of its time to the first's in each round, and the ratio of its
     floating-point operations. Operations are counted in a first run of each, which also warms up and is not timed.
     """
     operations: dict[str, int] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for name, action in actions.items():
+
+    def count(name: str, action: Callable):
         with FlopCounterMode(display=False) as counter:
             action()
         operations[name] = counter.get_total_flops()
-    for _ in tqdm(range(settings.rounds), description, disable=not settings.progress):
-        for name, action in actions.items():
-            began = time.perf_counter()
-            action()
-            seconds[name].append(time.perf_counter() - began)
-    first, *others = actions
-    ratios = {name: [b / a for a, b in zip(seconds[first], seconds[name], strict=True)] for name in others}
-    return ratios, {name: operations[name] / operations[first] if operations[first] else None for name in others}
+
+    ratios, first = ratios_in_turn(actions, settings, description, count), next(iter(actions))
+    return ratios, {name: operations[name] / operations[first] if operations[first] else None for name in ratios}
 
 
-def measure(actions: Actions, settings: BenchSettings, bars: dict[str, float], counted=True) -> list[BenchRow]:
+def measure(actions: Actions, settings: Timing, bars: dict[str, float], counted=True) -> list[BenchRow]:
     """A row for each action but the first, `interleave`d. counted: False where the operations say nothing."""
     ratios, arithmetic = interleave(actions, settings, list(actions)[-1])
     rows = []
@@ -123,16 +112,17 @@ def measure(actions: Actions, settings: BenchSettings, bars: dict[str, float], c
     return rows
 
 
+def step_of(model: nn.Module, input_ids: Tensor, labels: Tensor, precision="float32") -> Callable[[], Tensor]:
+    """A function that takes one training step, always on the same batch, (B, T) both."""
+    config = TrainConfig(steps=1, batch_size=len(input_ids), learning_rate=1e-4, precision=precision)
+    optimizer = make_optimizer(model, config)
+    return lambda: training_step(model, optimizer, input_ids, labels, config)
+
+
 def measure_steps(models: dict[str, GPT], settings: BenchSettings, bars: dict[str, float]) -> list[BenchRow]:
     """A training step of each model, always on the same random batch."""
-    config = TrainConfig(steps=1, batch_size=settings.batch_size, learning_rate=1e-4, precision="float32")
     ids = settings.random_ids(settings.batch_size, settings.sequence_length)
-
-    def step_of(model: GPT) -> Callable:
-        optimizer = make_optimizer(model, config)
-        return lambda: training_step(model, optimizer, ids, ids, config)
-
-    return measure({name: step_of(model) for name, model in models.items()}, settings, bars)
+    return measure({name: step_of(model, ids, ids) for name, model in models.items()}, settings, bars)
 
 
 def training_steps(settings: BenchSettings) -> list[BenchRow]:
@@ -227,29 +217,39 @@ CLAIMS = (quantization, training_steps, dora_step, merged_forward, serving)  # s
 
 def run_bench(settings: BenchSettings) -> list[BenchRow]:
     """Measures every claim: about two minutes on two idle cores with the default settings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(settings.threads)
-    try:
+    with thread_count(settings.threads):
         return [row for claim in CLAIMS for row in claim(settings)]
-    finally:
-        torch.set_num_threads(threads)
 
 
 def format_bench(rows: list[BenchRow], settings: BenchSettings) -> str:
     """The rows as a table, over it the conditions of the measurement. Call it at once: it reads the load."""
+    shape = (
+        f"{settings.num_hidden_layers} layers, {settings.hidden_size} wide, batch {settings.batch_size} x "
+        f"{settings.sequence_length}, float32; ratios to the full step, the base's forward or what is named; nf4 of a "
+        f"{settings.matrix_size} x {settings.matrix_size} weight; median of {settings.rounds} rounds"
+    )
+    return format_rows(rows, settings, shape)
+
+
+def format_rows(rows: list[BenchRow], settings: Timing, shape: str) -> str:
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"  # Windows has none
+    width = max(36, *(len(row.claim) for row in rows))
     lines = [
         f"torch {torch.__version__}, {settings.threads} threads, load over the last minute {load}, about "
         f"{settings.threads} of it our own (much more: something else was running, do not trust the ratios)",
-        f"{settings.num_hidden_layers} layers, {settings.hidden_size} wide, batch {settings.batch_size} x "
-        f"{settings.sequence_length}, float32; ratios to the full step, the base's forward or what is named; nf4 of a "
-        f"{settings.matrix_size} x {settings.matrix_size} weight; median of {settings.rounds} rounds",
-        f"\n{'':36}{'ratio':>7}{'lowest':>9}{'highest':>9}{'bar':>7}  {'':6}{'arithmetic':>12}",
+        shape,
+        f"\n{'':{width}}{'ratio':>7}{'lowest':>9}{'highest':>9}{'bar':>7}  {'':6}{'arithmetic':>12}",
     ]
     for row in rows:
         bar, verdict = ("-", "") if row.bar is None else (f"{row.bar:.2f}", "met" if row.ratio <= row.bar else "MISSED")
         arithmetic = "-" if row.arithmetic is None else f"{row.arithmetic:.3f}"
         numbers = f"{row.ratio:7.2f}{row.lowest:9.2f}{row.highest:9.2f}{bar:>7}"
-        lines.append(f"{row.claim:36}{numbers}  {verdict:6}{arithmetic:>12}")
+        lines.append(f"{row.claim:{width}}{numbers}  {verdict:6}{arithmetic:>12}")
     lines.append("\nLimit of a LoRA step: 2/3 of the full step's products of weights (arithmetic 0.667).")
     return "\n".join(lines)
+
+
+def report(**chosen: Any) -> str:
+    """The whole bench as a table. chosen: fields of BenchSettings."""
+    settings = BenchSettings(**chosen)
+    return format_bench(run_bench(settings), settings)
