@@ -5,6 +5,8 @@ import re
 import shlex
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 from minilora import GPT, GPTConfig, LoRAConfig, apply_lora, count_parameters
 from minilora.__main__ import build_parser
 from minilora.exercises import __main__ as exercises
+from minilora.experiments import run as run_file
 from minilora.experiments.compare import bits_per_weight
 from minilora.experiments.run import tuned_learning_rate
 from minilora.experiments.simulate import predict
@@ -27,6 +30,7 @@ VARIANTS = {  # of data/variants/dialect.json, by their names in the README
 README = (
     (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
 )  # one command a line
+FIRST_SCREEN, REAL_MODEL = README.split("## A real language model", 1)
 SETUP = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && "
 COMMANDS = re.findall(r"^(?:\S.* && )?python -m minilora(?: +(.*))?$", README, re.MULTILINE)
 EXERCISES = re.findall(r"^python -m minilora.exercises +(.*)$", README, re.MULTILINE)
@@ -110,9 +114,18 @@ def test_the_table_of_variants_is_what_was_measured():
 
 
 def test_the_rates_of_the_first_table_are_the_tuned_ones():
-    (line,) = re.findall(r"^learning rate +(.*)$", README, re.MULTILINE)
+    (line,) = re.findall(r"^learning rate +(.*)$", FIRST_SCREEN, re.MULTILINE)
     expected = [f"{tuned_learning_rate('json', method):g}" for method in ("full", "lora", "qlora")]
     assert line.split() == expected, f"tuned for json: {expected}, the README says {line.split()}"
+
+
+def test_the_rates_of_the_real_model_are_the_tuned_ones():
+    base = SimpleNamespace(name="smollm2", directory=None)
+    lines = re.findall(r"^learning rate +(.*)$", REAL_MODEL, re.MULTILINE)
+    for data, line in zip(("pirate.jsonl", "orders.jsonl"), lines, strict=True):
+        with patch.object(run_file, "is_wide", lambda base: True):
+            expected = [f"{tuned_learning_rate(data, method, base):g}" for method in ("full", "lora", "qlora")]
+        assert line.split() == expected, f"for {data} {expected}, the README says {line.split()}"
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
@@ -134,7 +147,7 @@ def test_the_first_table_counts_as_the_package_does(method):
         "  optimizer": format_bytes(predicted["optimizer"]),
     }
     for name, value in expected.items():
-        (line,) = re.findall(rf"^{re.escape(name)}  +(.*)$", README, re.MULTILINE)
+        (line,) = re.findall(rf"^{re.escape(name)}  +(.*)$", FIRST_SCREEN, re.MULTILINE)
         shown = re.split("  +", line)[("full", "lora", "qlora").index(method)]
         assert shown == value, f"{name} of {method}: {value}, and the README says {shown}"
 
