@@ -47,9 +47,12 @@ def test_no_file_is_two_rooms():
     assert not long, f"files of over 300 lines: {long}"
 
 
-@pytest.mark.parametrize("argument, expected", [("-m", "PASSIVE"), ("-c", "None")])
-def test_only_the_command_line_lets_waiting_threads_sleep(argument, expected):
-    code = f"import os, sys; sys.argv[0] = {argument!r}; import minilora; print(os.environ.get('OMP_WAIT_POLICY'))"
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == expected, f"OMP_WAIT_POLICY is {done.stdout.strip()}, expected {expected}"
+@pytest.mark.parametrize(
+    "argument, policy, expected",
+    [("-m", {}, "10000"), ("-c", {}, "None"), ("-m", {"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_only_the_command_line_shortens_the_spinning_of_waiting_threads(argument, policy, expected):
+    code = f"import os, sys; sys.argv[0] = {argument!r}; import minilora; print(os.environ.get('GOMP_SPINCOUNT'))"
+    theirs = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run([sys.executable, "-c", code], env=theirs | policy, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected, f"GOMP_SPINCOUNT is {done.stdout.strip()}, expected {expected}"
