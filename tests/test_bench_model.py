@@ -12,7 +12,7 @@ from minilora.__main__ import main
 from minilora.experiments import bench, bench_model, bench_ratios, peers
 from minilora.experiments.bench import BenchSettings
 from minilora.experiments.bench_model import FORMATS, english_rows, format_model_bench, resident_set, run_model_bench
-from minilora.experiments.bench_ratios import LogitsEverywhere, ModelBenchSettings
+from minilora.experiments.bench_ratios import LossOfAllLogits, ModelBenchSettings
 from minilora.linear4bit import quantize_model
 from minilora.train import counted_places, evaluate_loss, next_token_targets
 
@@ -83,15 +83,20 @@ def test_a_step_counts_the_last_tokens_of_each_row(settings):
         assert torch.equal(case.batch()[0], ids), "the same at every call"
 
 
-def test_logits_everywhere_are_the_selected_ones(settings):
+def test_the_loss_of_all_logits_is_that_of_the_logits_that_count(settings):
     model, (ids, labels) = settings.load_lora(), settings.batch()
-    where = counted_places(next_token_targets(labels))
     made = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: made.append(output.shape.numel()))
-    everywhere, selected = LogitsEverywhere(model)(ids, where), model(ids, where=where)
-    assert everywhere.shape == selected.shape == (2 * 8, 800) and made == [64 * 800, 16 * 800], made
-    off = (everywhere - selected).abs().max().item()
-    assert off < 1e-5, f"the same logits, off by {off:.2g}"
+    everywhere = peers.training_step_of(LossOfAllLogits(model), ids, labels)().item()
+    with torch.no_grad():
+        [
+            p.zero_() for name, p in model.named_parameters() if name.endswith("lora_B")
+        ]  # the step is undone: B starts at 0
+    selected = bench_ratios.step_of(model, ids, labels)().item()
+    assert everywhere == pytest.approx(selected, abs=1e-5), (
+        f"of all logits {everywhere}, of those that count {selected}"
+    )
+    assert made == [64 * 800, 16 * 800], made
 
 
 def test_every_model_is_what_its_claim_says(settings):

@@ -104,11 +104,14 @@ def interleave(actions: Actions, settings: Timing, description: str) -> tuple[di
 
 def measure(actions: Actions, settings: Timing, bars: dict[str, float], counted=True) -> list[BenchRow]:
     """A row for each action but the first, `interleave`d. counted: False where the operations say nothing."""
-    ratios, arithmetic = interleave(actions, settings, list(actions)[-1])
+    last = list(actions)[-1]
+    ratios, arithmetic = (
+        interleave(actions, settings, last) if counted else (ratios_in_turn(actions, settings, last), {})
+    )
     rows = []
     for claim, values in ratios.items():
         summary = statistics.median(values), min(values), max(values)
-        rows.append(BenchRow(claim, *summary, bars.get(claim), arithmetic[claim] if counted else None))
+        rows.append(BenchRow(claim, *summary, bars.get(claim), arithmetic.get(claim)))
     return rows
 
 

@@ -9,9 +9,11 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from minilora.adapters.inject import apply_lora, merge_lora
 from minilora.config import LoRAConfig
@@ -24,6 +26,7 @@ from minilora.storage.config import load_config
 from minilora.storage.get import MODELS
 from minilora.storage.models import load_model, open_checkpoint
 from minilora.storage.quantized import quantized_parts
+from minilora.train import next_token_targets
 from minilora.train_settings import IGNORE
 
 
@@ -74,15 +77,16 @@ class ModelBenchSettings(Timing):
             raise ValueError(f"{self.base} is in 4 bits, and full fine-tuning, which is timed too, needs floats")
 
 
-class LogitsEverywhere(nn.Module):
-    """Makes the logits of every place and then selects, as the peers do."""
+class LossOfAllLogits(nn.Module):
+    """Makes the logits and the cross entropy of every place, those that do not count among them, as the peers do."""
 
     def __init__(self, model: GPT):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, where: tuple[Tensor, ...]) -> Tensor:
-        return self.model(input_ids)[where]
+    def forward(self, input_ids: Tensor, labels: Tensor) -> SimpleNamespace:
+        logits, targets = self.model(input_ids), next_token_targets(labels)  # (B, T, V), (B, T)
+        return SimpleNamespace(loss=F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE))
 
 
 def training_steps(settings: ModelBenchSettings) -> list[BenchRow]:
@@ -94,7 +98,7 @@ def training_steps(settings: ModelBenchSettings) -> list[BenchRow]:
     del models
     actions = {
         "selected": step_of(every, *batch),
-        "step, logits of all tokens over counted": step_of(LogitsEverywhere(every), *batch),
+        "step, logits of all tokens over counted": peers.training_step_of(LossOfAllLogits(every), *batch),
     }
     return rows + measure(actions, settings, {})
 
@@ -157,9 +161,6 @@ def decoding_over_peers(settings: ModelBenchSettings) -> list[BenchRow]:
             "theirs": peers.decoder(theirs, settings.random_ids(count, settings.prompt_length), settings.new_tokens),
             claim: decoder(ours, count, settings),
         }
-        lengths = {name: {len(row) for row in action()} for name, action in actions.items()}
-        if set.union(*lengths.values()) != {settings.new_tokens}:
-            raise ValueError(f"not every row was continued by {settings.new_tokens} tokens: {lengths}")
         rows += measure(actions, settings, {claim: 0.9}, counted=False)
     return rows
 

@@ -74,6 +74,16 @@ def training_step_of(model: Any, input_ids: Tensor, labels: Tensor) -> Callable[
 
 
 def decoder(model: Any, input_ids: Tensor, new_tokens: int) -> Callable[[], list[list[int]]]:
-    """A function that continues the prompts (B, T) greedily, with their cache; it returns the new tokens only."""
+    """A function that continues the prompts (B, T) greedily, with their cache; it returns the new tokens only.
+
+    Raises ValueError where it stops early: the time of fewer tokens cannot be held against ours.
+    """
     options = dict(attention_mask=torch.ones_like(input_ids), max_new_tokens=new_tokens, do_sample=False)
-    return lambda: model.generate(input_ids, pad_token_id=0, **options)[:, input_ids.shape[1] :].tolist()
+
+    def decode() -> list[list[int]]:
+        new = model.generate(input_ids, pad_token_id=0, **options)[:, input_ids.shape[1] :]  # (B, new_tokens)
+        if new.shape[1] != new_tokens:
+            raise ValueError(f"transformers stopped after {new.shape[1]} of {new_tokens} new tokens")
+        return new.tolist()
+
+    return decode
