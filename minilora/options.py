@@ -16,7 +16,8 @@ from minilora.text.tasks import TASKS
 
 CONVERSE = object()  # what --chat is without a question
 DATA_HELP = (
-    f"instead of a task: {', '.join(SCORERS)}, or your own FILE.jsonl of prompts and completions or of messages; "
+    f"instead of a task: {', '.join(SCORERS)} (its pirate is not the task of that name), or your own FILE.jsonl of "
+    "prompts and completions or of messages; "
     f"{PYTHON_CODE}, or any UTF-8 text file"
 )
 FLAG, SWITCH = {"action": "store_true"}, {"action": argparse.BooleanOptionalAction}
@@ -56,7 +57,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--seed": dict(type=int, default=0),
     "--seeds": dict(type=int, default=1, help="how many seeds, counted up from --seed"),
     "--sequence-length": dict(type=int, default=128, help="tokens per row of text, and of an example at most"),
-    "--steps": dict(type=int, help="optimizer steps (150, of instruction data 30)"),
+    "--steps": dict(type=int, help="optimizer steps (150, of instruction data 30 or four passes)"),
     "--targets": dict(default="all-linear", help="q_proj,v_proj or a regular expression or all-linear"),
     "--task": dict(help=f"one of {', '.join(TASKS)}"),
     "--temperature": dict(type=float, default=0.0),

@@ -48,6 +48,14 @@ def test_packed_documents_are_whole_and_in_order(sizes):
         assert len(row) + len(first) > LENGTH, f"{first} would have fitted the row before"
 
 
+def test_the_end_counts_where_one_token_is_begin_and_end():
+    """As in GPT-2: what stands in front of a document is the end of the one before, and is not told apart by its id."""
+    batches = pack(numbered([3, 4, 0]), LENGTH, SimpleNamespace(prefix=[EOS], eos_id=EOS))
+    ends = int((batches.labels == EOS).sum())
+    assert ends == 3, f"each of the 3 documents has one end that counts, not {ends} in all"
+    assert batches.labels[0, 0] == IGNORE and batches.counted_tokens == 3 + 4 + 3, "the token in front counts"
+
+
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_packed_rows_count_every_token_but_bos_and_padding(sizes):
     documents = numbered(sizes)

@@ -24,6 +24,7 @@ from minilora import (
 from minilora.__main__ import main
 from minilora.adapters.inject import adapter_parameters
 from minilora.experiments.run import BASE
+from minilora.inference import chat as chat_file
 from minilora.inference.chat import Conversation, open_shelf, talk
 from minilora.inference.generate import generate, stream
 from minilora.text.chat import CLOSE, OPEN, chat_ids, encode_prompt, render
@@ -338,6 +339,28 @@ def test_each_answer_draws_anew_and_a_seed_repeats_the_conversation(folder, toke
         return ["".join(talking.answer("one")), "".join(talking.answer("one"))]
 
     assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_answers_after_something_is_forgotten_draw_anew_too(folder, tokenizer, monkeypatch):
+    seeds = []
+
+    def stream(model, ids, max_new_tokens, seed, eos_id):
+        seeds.append(seed)
+        return iter(tokenizer.encode("so"))
+
+    monkeypatch.setattr(chat_file, "stream", stream)
+    talking = Conversation(load_model(folder), tokenizer, 9, seed=5)
+    for _ in range(8):
+        "".join(talking.answer("number"))
+    assert talking.forgotten and seeds == list(range(5, 13)), f"two answers draw alike: {seeds}"
+
+
+def test_what_a_template_writes_as_json_keeps_its_letters(folder):
+    tokenizer = open_tokenizer(folder)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] | tojson }}{% endfor %}"
+    assert render(tokenizer, user('é <b> "x"')) == json.dumps('é <b> "x"', ensure_ascii=False)
+    ids = chat_ids(tokenizer, user("é <|im_end|>"))
+    assert tokenizer.decode(ids) == '"é <|im_end|>"' and not set(ids) & set(tokenizer.control.values()), ids
 
 
 # The command line

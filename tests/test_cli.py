@@ -3,12 +3,14 @@
 import json
 import shutil
 import struct
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from minilora import GPT, GPTConfig, load_model, save_model
+from minilora import __main__ as command_line
 from minilora.__main__ import main, targets_of
 from minilora.experiments.run import BASE
 from minilora.linear4bit import quantized_layers
@@ -213,9 +215,15 @@ def test_full_fine_tuning_writes_a_model(tiny, text, tmp_path, capsys):
     assert not (tmp_path / "training_state.safetensors").exists(), "a finished run leaves no state"
 
 
-def test_evaluate_prints_scores_and_floor(tiny, capsys):
+def test_evaluate_prints_scores_and_floor(tiny, capsys, monkeypatch):
     assert main(["evaluate", "--base", str(tiny), "--count", "4"]) == 0
     assert "answers from memory" in (said := capsys.readouterr().out) and "floor" in said
+    with monkeypatch.context() as patch:
+        score = lambda model, tokenizer, task: SimpleNamespace(score=len(task.validation))  # noqa: E731
+        patch.setattr(command_line, "score_task", score)
+        assert main(["evaluate", "--base", str(tiny), "--task", "dialect", "--count", "300"]) == 0
+        assert "score 300.000" in capsys.readouterr().out, "300 questions were asked for"
+    fails(capsys, ["evaluate", "--base", tiny, "--count", 0], "count is 0")
     assert main(["evaluate", "--base", str(tiny), "--task", "dialect", "--count", "4"]) == 0
     assert "dialect: score" in capsys.readouterr().out
 

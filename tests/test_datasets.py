@@ -17,6 +17,15 @@ def text_file(tmp_path):
     return path
 
 
+def test_json_that_is_not_one_example_a_line_is_refused_and_a_name_in_capitals_is_not(tokenizer, tmp_path):
+    for name in ("notes.json", "NOTES.JSONL"):
+        lines = [f'{{"prompt": "What is {n}?", "completion": "A number."}}' for n in range(12)]
+        (tmp_path / name).write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"notes.json: instruction data is one example a line, .* \*.jsonl"):
+        load_dataset(str(tmp_path / "notes.json"), tokenizer, LENGTH)
+    assert len(load_dataset(str(tmp_path / "NOTES.JSONL"), tokenizer, LENGTH).train) == 11, "read as a plain text"
+
+
 def test_a_text_is_split_without_overlap(tokenizer, text_file):
     dataset = load_dataset(str(text_file), tokenizer, LENGTH)
     ids = tokenizer.encode(text_file.read_text(encoding="utf-8"))

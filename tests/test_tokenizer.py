@@ -139,6 +139,12 @@ def test_a_json_tokenizer_where_there_is_no_other(tmp_path):
     assert isinstance(open_tokenizer(tmp_path), Tokenizer), "tokenizer.model comes first"
 
 
+def test_half_a_character_is_refused_by_name(tmp_path):
+    save_json_tokenizer(tmp_path, eos_token="<end>")
+    with pytest.raises(ValueError, match="half a character"):
+        open_tokenizer(tmp_path).encode("so \ud83d")
+
+
 def test_special_tokens_of_a_json_tokenizer(tmp_path):
     save_json_tokenizer(tmp_path, eos_token="<end>")
     assert open_tokenizer(tmp_path).bos_id == open_tokenizer(tmp_path).eos_id == 257

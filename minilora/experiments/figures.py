@@ -140,12 +140,12 @@ def loss_over_parameters(results: dict) -> Figure:
         keys["score"] = "score (share of answers right)"
     figure, panels = new_figure(6, 0.6 + 2.6 * len(keys), rows=len(keys))
     for axes, (key, title) in zip(panels, keys.items(), strict=True):
+        axes.set(xscale="log", ylabel=title)
         for method, rows in methods_of(results).items():
             values, (label, colour, line) = [row[key] for row in rows], look_of(method)
             mean, style = statistics.mean(values), dict(fmt=MARKERS[line], markersize=5, capsize=3)
             spread = [[mean - min(values)], [max(values) - mean]]
             axes.errorbar(rows[0]["trainable_parameters"], mean, spread, color=colour, label=label, **style)
-        axes.set(xscale="log", ylabel=title)
     if results["loss_floor"] == 0:
         panels[0].set_yscale("log")
     panels[0].set_title(f"Task: {results['task']}, {len(results['seeds'])} seeds")

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from minilora.storage.files import make_folder
-from minilora.storage.gguf import is_gguf
+from minilora.storage.gguf import close_gguf, is_gguf
 from minilora.storage.models import load_model, save_model
 from minilora.text.tokenizer import open_tokenizer, save_tokenizer
 
@@ -103,6 +103,7 @@ def convert(gguf: Path, directory: str | Path):
     if not is_gguf(gguf):
         raise ValueError(f"{gguf} is not called *.gguf, and nothing else can be converted")
     tokenizer, model = open_tokenizer(gguf), load_model(gguf)
+    close_gguf()
     make_folder(directory)
     save_tokenizer(tokenizer, directory)
     save_model(model, directory)

@@ -70,6 +70,11 @@ def open_gguf(path: str | Path) -> "GGUFFile":
     return _open(Path(path), Path(path).stat().st_mtime)
 
 
+def close_gguf():
+    """Lets go of the file that was opened last: Windows removes no file that a program still has in its memory."""
+    _open.cache_clear()
+
+
 class GGUFFile:
     """One GGUF file of the Llama family, under Hugging Face's names: `settings` is its config.json, `shapes` and `read`
     its tensors, `tokenizer()` its tokenizer.json and tokenizer_config.json.

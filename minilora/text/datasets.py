@@ -18,6 +18,7 @@ VALIDATION_ROWS = 64  # at most, of a text: enough for a loss with two steady di
 TRAINING = {"steps": 150, "batch_size": 16}
 # A real model knows most of what an answer needs, and each of its steps and evaluations is dear. Rows differ in length.
 INSTRUCTION_TRAINING = {"steps": 30, "batch_size": 8, "evaluations": 3, "group_by_length": True}
+PASSES = 4  # at most, over instruction data: a few dozen examples are soon known by heart
 
 
 @dataclass
@@ -63,7 +64,8 @@ def load_dataset(
         data = load_instructions(file, tokenizer, sequence_length, count, seed)
         scored = scored_task(file, data.train_examples, data.validation_examples)
         beginnings = [each.prompt for each in data.validation_examples[:3]]
-        training = dict(INSTRUCTION_TRAINING)
+        steps = -(-PASSES * len(data.train) // INSTRUCTION_TRAINING["batch_size"])  # rounded up
+        training = INSTRUCTION_TRAINING | {"steps": min(INSTRUCTION_TRAINING["steps"], steps)}
         return Dataset(file.name, data.train, data.validation, None, scored, beginnings, data.notes, training)
     text = python_code() if name == PYTHON_CODE else read_text(name)
     ids = tokenizer.encode(text)
