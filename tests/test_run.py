@@ -86,6 +86,7 @@ def test_the_schedule_warms_up_for_a_twentieth_and_evaluates_ten_times(steps, wa
         ("story.txt", "full", 3, "python-code's: it is a text"),
         ("story.txt", "dora", 6, "json's, for want of python-code's"),
         ("python-code", "eva", 10, "dialect's, the last resort"),
+        ("notes.jsonl", "full", 5, "json's: instruction data is no text"),
         ("pirate", "full", 5, "json's: a task borrows nothing from a text"),
         ("pirate", "eva", 10, "dialect's, for want of json's"),
     ],
@@ -114,7 +115,7 @@ def test_the_data_says_how_long_a_run_is_unless_asked_otherwise(make_experiment,
 
 def test_instruction_data_takes_short_runs_of_rows_of_like_length(base_folder, tmp_path):
     file = tmp_path / "notes.jsonl"
-    lines = [{"prompt": f"Number {n}?", "completion": f" {n}"} for n in range(12)]
+    lines = [{"prompt": f"Number {n}?", "completion": f" {n}"} for n in range(100)]
     file.write_text("\n".join(json.dumps(line) for line in lines))
     common = ["finetune", "--base", str(base_folder.directory), "--sequence-length", "32", "--learning-rate", "1"]
 
@@ -125,6 +126,8 @@ def test_instruction_data_takes_short_runs_of_rows_of_like_length(base_folder, t
     short, long = training_of("--data", str(file)), training_of("--task", "dialect", "--sequence-length", "64")
     assert (short.steps, short.batch_size, short.eval_every, short.group_by_length) == (30, 8, 10, True), short
     assert (long.steps, long.batch_size, long.eval_every, long.group_by_length) == (150, 16, 15, False), long
+    file.write_text("\n".join(json.dumps(line) for line in lines[:12]))  # one of them held out
+    assert (few := training_of("--data", str(file)).steps) == 6, f"four passes over 11 rows are 6 steps of 8, not {few}"
     asked = training_of("--data", str(file), "--steps", "4", "--batch-size", "2", "--no-group-by-length")
     assert (asked.steps, asked.batch_size, asked.group_by_length) == (4, 2, False), asked
 

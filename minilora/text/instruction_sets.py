@@ -19,10 +19,10 @@ from minilora.text.words import listed
 from minilora.text.world import Dice
 
 INSTRUCTIONS = Path(__file__).parents[2] / "data" / "instructions"
-Line = dict[str, str]  # "prompt" and "completion"
+Pair = dict[str, str]  # "prompt" and "completion"
 
 
-def json_lines(lines: Iterable[Line]) -> str:
+def json_lines(lines: Iterable[Pair]) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
@@ -79,7 +79,7 @@ COUNTS |= {"half a dozen": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "ele
 DAYS = listed("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 
 
-def orders_lines(split: str) -> list[Line]:
+def orders_lines(split: str) -> list[Pair]:
     """Sentences of one split, "train" or "validation". No size said is null, and the item is named as a single one."""
     dice, lines = Dice(f"orders {split}"), []
     for _ in range(SIZES[split]):
@@ -154,7 +154,7 @@ def known_facts() -> list[tuple[str, str, str]]:
     return [(name, kind, dice.pick(values)) for name in NAMES for kind, (values, _, _) in FACTS.items()]
 
 
-def people_lines(split: str) -> list[Line]:
+def people_lines(split: str) -> list[Pair]:
     return [
         {"prompt": question.format(name=name), "completion": FACTS[kind][1].format(name=name, value=value)}
         for name, kind, value in known_facts()
