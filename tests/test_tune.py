@@ -147,3 +147,17 @@ def test_the_first_choice_makes_the_file(make_experiment, runs, rates):
     tune([make_experiment(training=training)], progress=False)
     stored = json.loads(rates.read_text())
     assert list(stored) == ["words"] and stored["words"]["lora"]["chosen"] == 0.01, stored
+
+
+def test_what_another_search_stores_meanwhile_is_kept(rates, runs, make_experiment, monkeypatch):
+    """Rates are read and written under one lock, which another search waits for."""
+    read = tune_file.read_json
+
+    def read_slowly(path):
+        lock = rates.with_name(".rates.json.lock")
+        assert lock.is_file(), "between reading and writing another search may store a rate, which would be lost"
+        return read(path)
+
+    monkeypatch.setattr(tune_file, "read_json", read_slowly)
+    tune([make_experiment("lora")], progress=False)
+    assert json.loads(rates.read_text()).keys() == {"words", "json"}

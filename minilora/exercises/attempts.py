@@ -11,6 +11,7 @@ from pathlib import Path
 from minilora.exercises.checking import Exercise
 from minilora.exercises.source import blank, path_of, read_module, written
 from minilora.storage.files import make_folder, read_json, replacing, write_json
+from minilora.storage.locks import locked
 
 WORK = Path("work")
 ANSWER = "## Your answer"
@@ -122,6 +123,7 @@ def read_progress(folder: Path) -> dict:
 
 def record(exercise: Exercise, folder: Path, **changes):
     """Notes something about an exercise in progress.json, beside what is noted already."""
-    progress = read_progress(folder)
-    progress[str(exercise.number)] = {**progress.get(str(exercise.number), {}), **changes}
-    write_json(folder / "progress.json", progress)
+    with locked(folder / "progress.json"):
+        progress = read_progress(folder)
+        progress[str(exercise.number)] = {**progress.get(str(exercise.number), {}), **changes}
+        write_json(folder / "progress.json", progress)

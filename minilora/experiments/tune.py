@@ -6,6 +6,7 @@ from dataclasses import replace
 from minilora.experiments.methods import Experiment
 from minilora.experiments.run import LEARNING_RATES, is_wide, run
 from minilora.storage.files import read_json, write_json
+from minilora.storage.locks import locked
 from minilora.train_settings import NonFiniteError
 
 # Each rate is about three times the one before. LoRA's best rate is said to lie about ten times above that of full
@@ -53,10 +54,11 @@ def tune(experiments: list[Experiment], progress: bool = True) -> dict:
             "seed": TUNING_SEED,
             **experiment.method_settings,
         }
-        choices = read_json(LEARNING_RATES) if LEARNING_RATES.exists() else {}
         key = f"{experiment.base.name}/{data}" if wide else data
-        choices[key] = choices.get(key, {}) | {method: chosen[method]}
-        write_json(LEARNING_RATES, choices)
+        with locked(LEARNING_RATES):  # another search may store its own between reading and writing
+            choices = read_json(LEARNING_RATES) if LEARNING_RATES.exists() else {}
+            choices[key] = choices.get(key, {}) | {method: chosen[method]}
+            write_json(LEARNING_RATES, choices)
     return chosen
 
 

@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minilora.storage.locks import locked
+
 
 def make_folder(path: str | Path):
     """Makes the folder and its parents, before any long work begins. ValueError if nothing can be written there."""
@@ -33,30 +35,60 @@ def make_folder(path: str | Path):
 
 
 @contextmanager
+def writing(name: str, folder: str | Path) -> Iterator[None]:
+    """Turns what goes wrong in a write into a ValueError that says of which file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot write {name} in the folder {folder}: {reason}") from error
+
+
+@contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Gives a temporary path to write a new file to; on leaving, the file written there becomes `path`.
 
     Missing folders are made. The temporary file lies in a folder of its own beside `path`, which is removed at the
-    end. After an error the old file is as it was. The leftovers of a killed run go with the next write, so two
-    programs must not write the same file at once. Raises ValueError where the file cannot be written.
+    end. After an error the old file is as it was. One program writes the file at a time (`locks`), and the leftovers of
+    a killed one go with the next write. Raises ValueError where the file cannot be written.
     """
     path = Path(path)
     folder = path.with_name(f".{path.name}.tmp")  # in the same folder: a rename across file systems is a copy
-    temporary = folder / path.name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode  # the user's own default; safetensors would leave the file private
-        yield temporary
-        temporary.chmod(mode)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"cannot write {path.name} in the folder {path.parent}: {reason}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with writing(path.name, path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path):
+            try:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                yield folder / path.name
+                sync(folder / path.name)
+                os.replace(folder / path.name, path)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync(file: Path):
+    """Pushes a file to the disk."""
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
+
+
+def put_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None):
+    """Writes a file in place; equal contents are equal bytes. For a file that must be whole: `write_safetensors`."""
+    path.touch()
+    mode = path.stat().st_mode  # the user's own default; safetensors would leave the file private
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    path.chmod(mode)
+    if not metadata:
+        return
+    with path.open("rb+") as file:  # the library writes the strings in an order that changes from run to run
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+        assert len(text) == length, "the same header in another order has another length"
+        file.seek(8)
+        file.write(text)
 
 
 def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None):
@@ -65,15 +97,21 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: di
     Two names must not share one memory (tied weights): write such a tensor under one name only.
     """
     with replacing(path) as temporary:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        put_safetensors(temporary, tensors, metadata)
+
+
+def json_text(path: str | Path, value: dict) -> str:
+    """A dictionary as indented JSON, for the file at `path`. ValueError if it holds NaN or infinity, which JSON does
+    not have."""
+    with naming(f"cannot write {path} as JSON"):
+        return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_json(path: str | Path, value: dict):
-    """Writes a dictionary as indented UTF-8 JSON. ValueError if it holds NaN or infinity, which JSON does not have."""
-    with naming(f"cannot write {path} as JSON"):
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    """Writes a dictionary as indented UTF-8 JSON. ValueError as `json_text`, and if the file cannot be written."""
+    text = json_text(path, value)
     with replacing(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: str | Path) -> dict:
