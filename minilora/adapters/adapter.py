@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from minilora.adapters.dora import DoRALinear
-from minilora.adapters.inject import apply_lora, lora_layers, pattern_value, remove_lora
+from minilora.adapters.inject import apply_lora, lora_layers, pattern_value, remove_lora, target_list
 from minilora.adapters.starts import STARTS_FROM_WEIGHT
 from minilora.config import LoRAConfig, lora_scaling
 from minilora.lora import LoRALinear
@@ -52,11 +52,16 @@ def plain_config(config: LoRAConfig) -> LoRAConfig:
 
 
 def extract_adapter(model: nn.Module) -> Adapter:
-    """A copy of the model's adapter as plain LoRA, however it started. Raises ValueError for a model without one."""
+    """A copy of the model's adapter as plain LoRA, however it started. Raises ValueError for a model without one.
+
+    Where the model's config has a regular expression or "all-linear", the copy lists the layers that were meant.
+    """
     layers = dict(lora_layers(model))
     if not layers:
         raise ValueError("the model has no LoRA layers; apply_lora(model, config) puts them in")
     adapter = Adapter(plain_config(vars(model)["lora_config"]), {}, {})
+    if isinstance(adapter.config.target_modules, str):
+        adapter.config.target_modules = target_list(model, list(layers))
     for name, layer in layers.items():
         adapter.A[name], adapter.B[name] = (factor.detach().clone() for factor in layer.factors())
         if isinstance(layer, DoRALinear):

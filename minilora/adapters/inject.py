@@ -61,6 +61,18 @@ def find_targets(names: list[str], targets: Sequence[str] | str) -> list[str]:
     return [name for name in names if any(matches(name, target) for target in targets)]
 
 
+def plain_names(model: nn.Module) -> list[str]:
+    """The linear layers by the names that they have without LoRA."""
+    return [name.removesuffix(".base_layer") for name in linear_layers(model)]
+
+
+def target_list(model: nn.Module, names: list[str]) -> list[str]:
+    """The shortest `target_modules` that means exactly these layers: the last words of their names, or the whole names
+    where a last word would mean other layers too."""
+    last_words = sorted({name.rpartition(".")[2] for name in names})
+    return last_words if set(find_targets(plain_names(model), last_words)) == set(names) else sorted(names)
+
+
 def matches_pattern(key: str, name: str) -> bool:
     """PEFT's rule for a key of rank_pattern or alpha_pattern: an expression for the name or its end after a dot."""
     return re.match(rf"(.*\.)?({key})$", name) is not None

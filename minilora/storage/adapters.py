@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minilora.adapters.adapter import Adapter, apply_adapter, extract_adapter
-from minilora.adapters.inject import apply_lora, lora_layers
+from minilora.adapters.inject import apply_lora, find_targets, lora_layers, plain_names
 from minilora.config import LoRAConfig
 from minilora.model import GPT
 from minilora.storage.files import check_tensors, naming, open_safetensors, read_json, shapes_of
@@ -34,17 +34,18 @@ FIELD_TYPES |= {"use_rslora": [bool], "use_dora": [bool]}
 MATRICES = ("lora_A", "lora_B", "lora_magnitude_vector")
 
 
-def save_adapter(model: GPT, directory: str | Path):
+def save_adapter(model: GPT, directory: str | Path, overwrite: bool = False):
     """Writes the model's LoRA layers, merged or not: A (r, in) and B (out, r) in float32, as PEFT does.
 
-    The file holds plain LoRA on the model's base; after a start from PiSSA or OLoRA, at twice the rank. Raises
-    ValueError for a model without LoRA layers and for a folder that cannot be written.
+    The file holds plain LoRA on the model's base; after a start from PiSSA or OLoRA, at twice the rank. overwrite: also
+    in place of a model. Raises ValueError for a model without LoRA layers, for a folder that holds a model, and for one
+    that cannot be written.
     """
     adapter = extract_adapter(model)
     tensors: dict[str, Tensor] = {}
     for matrix, part in zip(MATRICES, (adapter.A, adapter.B, adapter.magnitude), strict=True):
         tensors |= {_tensor_name(name, matrix): tensor.float() for name, tensor in part.items()}
-    write_adapter(model, directory, tensors, {**LORA_FIELDS, **asdict(adapter.config)})
+    write_adapter(model, directory, tensors, {**LORA_FIELDS, **asdict(adapter.config)}, overwrite)
 
 
 def load_adapter(model: GPT, directory: str | Path, force: bool = False) -> GPT:
@@ -58,14 +59,13 @@ def load_adapter(model: GPT, directory: str | Path, force: bool = False) -> GPT:
         apply_adapter(model, read_adapter(model, directory, force))
         return model
     check_directory(directory)
-    present: LoRAConfig = vars(model)["lora_config"]
-    _check_same_config(present, _read_config(directory / ADAPTER_CONFIG), directory)
+    _check_same_config(model, _read_config(directory / ADAPTER_CONFIG), directory)
     if any(layer.merged for layer in layers.values()):
         raise ValueError("the model's LoRA layers are merged; unmerge_lora(model) before loading an adapter")
     adapter = read_adapter(model, directory, force)
     for name, layer in layers.items():
         adapter.fill(name, layer)
-    vars(model)["lora_config"] = replace(present, init_lora_weights=True)
+    vars(model)["lora_config"] = replace(vars(model)["lora_config"], init_lora_weights=True)
     return model
 
 
@@ -127,14 +127,17 @@ def _read_config(path: Path) -> LoRAConfig:
         return LoRAConfig(**values)
 
 
-def _check_same_config(present: LoRAConfig, stored: LoRAConfig, directory: Path):
+def _check_same_config(model: GPT, stored: LoRAConfig, directory: Path):
     """All fields must agree but dropout, which acts in training only, and the start, which is past."""
-    differing = []
+    present, differing = vars(model)["lora_config"], []
     for field in fields(LoRAConfig):
         ours, theirs = getattr(present, field.name), getattr(stored, field.name)
-        if isinstance(ours, list) and isinstance(theirs, list):  # target_modules is a set: its order means nothing
-            ours, theirs = sorted(set(ours)), sorted(set(theirs))
-        if ours != theirs and field.name not in ("lora_dropout", "init_lora_weights"):
+        same = ours == theirs
+        if field.name == "target_modules" and not same:  # two ways to name the same layers
+            names = plain_names(model)
+            with naming(directory):
+                same = find_targets(names, ours) == find_targets(names, theirs)
+        if not same and field.name not in ("lora_dropout", "init_lora_weights"):
             differing.append(f"{field.name} ({ours!r} in the model, {theirs!r} in the file)")
     if differing:
         raise ValueError(f"{directory} has another config than the model's LoRA layers: {', '.join(differing)}")
