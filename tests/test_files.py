@@ -9,6 +9,7 @@ import torch
 
 from minilora.storage import files
 from minilora.storage.files import open_safetensors, read_json, write_json, write_safetensors
+from minilora.storage.folders import write_pair
 
 TENSORS = {
     "matrix": torch.arange(12.0).reshape(3, 4).t(),  # not contiguous
@@ -77,6 +78,9 @@ def test_the_new_file_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypa
     monkeypatch.setattr(os, "replace", lambda source, target: (order.append("replace"), replace(source, target)))
     write_json(tmp_path / "a.json", {"a": 1})
     assert order == ["fsync", "replace"]
+    order.clear()
+    write_pair(tmp_path, "model.safetensors", TENSORS, {}, "config.json", {}, {"tokenizer.model": b"pieces"})
+    assert order == ["fsync"] * 4 + ["replace"] * 4, f"three files and a list, then the moment that counts: {order}"
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

@@ -29,7 +29,9 @@ from minilora.linear4bit import float_linears, quantized_layers
 from minilora.memory import KINDS, MemoryMeter, format_bytes
 from minilora.model import GPT
 from minilora.rows import batch_of
-from minilora.storage.files import make_folder, write_json
+from minilora.storage.files import make_folder, replacing, write_json
+from minilora.storage.folders import check_apart
+from minilora.storage.locks import locked
 from minilora.text.chat import encode_prompt
 from minilora.text.datasets import Dataset
 from minilora.train import make_optimizer, set_gradient_checkpointing, training_step
@@ -41,10 +43,17 @@ COLUMNS = 5  # methods beside each other in the table
 def compare(experiments: list[Experiment], seeds: list[int], out: Path, progress: bool = True) -> dict:
     """Runs every experiment with every seed; writes figures, artifacts and results.json to `out`; returns the results.
 
-    experiments: one for each method, of the same base and data; their own seed is not used.
+    experiments: one for each method, of the same base and data; their own seed is not used. One run writes `out` at a
+    time: ValueError where another does, and where `out` is the base.
     """
-    base, dataset = experiments[0].base, experiments[0].dataset
+    check_apart(out, base=experiments[0].base.directory)
     make_folder(out)
+    with locked(out, patience=0):
+        return _compare(experiments, seeds, out, progress)
+
+
+def _compare(experiments: list[Experiment], seeds: list[int], out: Path, progress: bool) -> dict:
+    base, dataset = experiments[0].base, experiments[0].dataset
     before = sample(base.load(), experiments[0])
     rows: list[dict] = []
     first_runs: list[Run] = []
@@ -54,6 +63,8 @@ def compare(experiments: list[Experiment], seeds: list[int], out: Path, progress
             began = time.perf_counter()
             finished = run(seeded, progress=progress)
             seconds = time.perf_counter() - began
+            if experiment.method == "loftq":
+                vars(finished.model)["name_or_path"] = str(out / "loftq-base")
             rows.append(describe(finished, out / f"{experiment.method}-seed{seed}", seconds))
             if seed == seeds[0]:
                 first_runs.append(finished)
@@ -79,7 +90,8 @@ def compare(experiments: list[Experiment], seeds: list[int], out: Path, progress
     }
     write_json(out / "results.json", results)
     for name, figure in figures.comparison_figures(results).items():
-        figure.savefig(out / f"{name}.png", dpi=150)
+        with replacing(out / f"{name}.png") as temporary:
+            figure.savefig(temporary, dpi=150)
     print(table(results))
     print(samples_text(before, after, dataset))
     return results

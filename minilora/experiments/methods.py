@@ -20,9 +20,10 @@ from minilora.dtypes import HALF_PRECISION, dtype_name
 from minilora.linear4bit import quantize_model, quantized_layers
 from minilora.model import GPT
 from minilora.quant import QLORA, Quantization
+from minilora.storage.folders import companions_of
 from minilora.storage.models import load_model
 from minilora.text.datasets import Dataset
-from minilora.text.tokenizer import AnyTokenizer
+from minilora.text.tokenizer import AnyTokenizer, tokenizer_files
 from minilora.train_settings import TrainConfig
 
 # By method, the fields of LoRAConfig in which it differs from plain LoRA. QLoRA and LoftQ differ in how the base is
@@ -62,6 +63,10 @@ class BaseFolder:
     def load(self, quantization: Quantization | None = None) -> GPT:
         """In floats, or with the block linears in 4 bits."""
         return load_model(self.directory, self.dtype, self.device, quantization)
+
+    def companions(self) -> dict[str, bytes]:
+        """What belongs to the model and is no weight, by file name: it goes where a model made of this one goes."""
+        return companions_of(self.directory) if self.directory.is_dir() else tokenizer_files(self.tokenizer)
 
 
 @dataclass(frozen=True)

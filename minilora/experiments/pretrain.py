@@ -18,6 +18,7 @@ from tqdm import tqdm
 from minilora.inference.evaluate import evaluate_world
 from minilora.model import GPT, GPTConfig
 from minilora.storage.files import make_folder, write_json
+from minilora.storage.locks import locked
 from minilora.storage.models import save_model
 from minilora.text import words
 from minilora.text.batches import Batches, pack
@@ -76,6 +77,11 @@ def pretraining_rows(tokenizer: AnyTokenizer, tokens: int, seed: int) -> Batches
 def pretrain(out: Path, steps: int, seed: int = 0, device: str = "cpu", resume: bool = False, progress: bool = True):
     """Writes a base model, its tokenizer and `record.json` to the folder `out`. Returns the record."""
     make_folder(out)
+    with locked(out, patience=0):
+        return _pretrain(out, steps, seed, device, resume, progress)
+
+
+def _pretrain(out: Path, steps: int, seed: int, device: str, resume: bool, progress: bool) -> dict:
     config = pretraining_config(steps, seed)
     tokenizer = make_tokenizer(out / "tokenizer.model")
     data = pretraining_rows(tokenizer, steps * config.batch_size * ROW, seed)

@@ -17,13 +17,15 @@ from minilora.model import GPT
 from minilora.storage.adapters import save_adapter
 from minilora.storage.config import MODEL_CONFIG, load_config
 from minilora.storage.files import make_folder, read_json
+from minilora.storage.folders import check_apart, check_free
 from minilora.storage.get import find_base
+from minilora.storage.locks import locked
 from minilora.storage.models import MODEL_WEIGHTS, save_model
 from minilora.storage.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from minilora.storage.prompts import save_prompt
 from minilora.text.datasets import PYTHON_CODE, Dataset
 from minilora.text.tasks import TASKS
-from minilora.text.tokenizer import open_tokenizer, save_tokenizer
+from minilora.text.tokenizer import open_tokenizer
 from minilora.train import train
 from minilora.train_settings import History, TrainConfig
 
@@ -86,6 +88,11 @@ def tuned_experiments(
     return [Experiment(base, data, method, plan, **more) for method, plan in plans.items()]
 
 
+def files_of(method: str) -> tuple[str, str]:
+    """Weights and config of what a method makes: a model or an adapter."""
+    return (MODEL_WEIGHTS, MODEL_CONFIG) if method == "full" else (ADAPTER_WEIGHTS, ADAPTER_CONFIG)
+
+
 @dataclass
 class Run:
     """A finished run: the trained model, in eval mode, with its losses."""
@@ -94,24 +101,22 @@ class Run:
     model: GPT | Prompt
     history: History
 
-    def save(self, directory: Path) -> int:
-        """Saves the adapter or the model in place of what was there; returns its bytes."""
-        written = ADAPTER_WEIGHTS, ADAPTER_CONFIG
+    def save(self, directory: Path, overwrite: bool = False) -> int:
+        """Saves the adapter, or the model with all that belongs to it, in place of the old; returns its bytes."""
+        written = files_of(self.experiment.method)
         if isinstance(self.model, Prompt):
-            save_prompt(self.model, directory)
+            save_prompt(self.model, directory, overwrite)
         elif any(lora_layers(self.model)):
-            save_adapter(self.model, directory)
+            save_adapter(self.model, directory, overwrite)
         else:
-            save_model(self.model, directory)
-            written = MODEL_WEIGHTS, MODEL_CONFIG
+            save_model(self.model, directory, self.experiment.base.companions(), overwrite)
         return sum((directory / name).stat().st_size for name in written)
 
     def save_base(self, directory: Path):
         """Writes the model that the run's adapter acts on. The adapter is taken out: save it before."""
         assert isinstance(self.model, GPT)
         remove_lora(self.model)
-        save_model(self.model, directory)
-        save_tokenizer(self.experiment.base.tokenizer, directory)
+        save_model(self.model, directory, self.experiment.base.companions())
 
 
 def run(experiment: Experiment, state_path: Path | None = None, resume: bool = False, progress: bool = True) -> Run:
@@ -138,22 +143,32 @@ def run(experiment: Experiment, state_path: Path | None = None, resume: bool = F
     return Run(experiment, finish(model, experiment), history)
 
 
-def finetune(experiment: Experiment, out: Path, resume: bool = False, progress: bool = True) -> dict:
+def finetune(
+    experiment: Experiment, out: Path, resume: bool = False, progress: bool = True, overwrite: bool = False
+) -> dict:
     """Trains, saves an adapter or a model under `out`, and returns a summary. A killed run goes on with `resume`.
 
-    LoftQ's adapter fits a base that LoftQ made itself, which is written to `out`/base.
+    LoftQ's adapter fits a base that LoftQ made itself, which is written to `out`/base. `overwrite` replaces a model by
+    an adapter or an adapter by a model; without it, `out` must not hold the other kind. One run writes `out` at a time.
     """
+    check_apart(out, base=experiment.base.directory)
+    make_folder(out)
+    with locked(out, patience=0):
+        return _finetune(experiment, out, resume, progress, overwrite)
+
+
+def _finetune(experiment: Experiment, out: Path, resume: bool, progress: bool, overwrite: bool) -> dict:
     state = out / "training_state.safetensors"
     if resume and not state.exists():
         raise ValueError(f"nothing to resume: {state} is not there (a finished run removes it)")
     if state.exists() and not resume:
         raise ValueError(f"{state} holds an unfinished run: continue it with --resume, or remove it to begin anew")
-    make_folder(out)
+    check_free(out, files_of(experiment.method), overwrite)
     finished = run(experiment, state, resume, progress)
     model, base, dataset = finished.model, experiment.base, experiment.dataset
-    size = finished.save(out)
-    if experiment.method == "full":
-        save_tokenizer(base.tokenizer, out)
+    if experiment.method == "loftq":
+        vars(model)["name_or_path"] = str(out / "base")
+    size = finished.save(out, overwrite)
     trainable, total = count_parameters(model)
     summary = {
         "method": experiment.method,

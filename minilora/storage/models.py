@@ -9,8 +9,7 @@ Memory: the model is built on the meta device, where tensors have a shape and no
 replaces its empty twin as it is read. The peak is the model and one tensor, not two models.
 """
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -23,21 +22,14 @@ from minilora.linear4bit import Linear4bit, float_linears, quantized_layers, rep
 from minilora.model import GPT
 from minilora.quant import Quantization, quantize
 from minilora.storage.config import MODEL_CONFIG, config_settings, read_config
-from minilora.storage.files import (
-    check_tensors,
-    naming,
-    open_safetensors,
-    read_json,
-    shapes_of,
-    write_json,
-    write_safetensors,
-)
+from minilora.storage.files import check_tensors, naming, open_safetensors, read_json, shapes_of
 from minilora.storage.fingerprint import base_weights
+from minilora.storage.folders import settle, write_pair
 from minilora.storage.gguf import is_gguf, open_gguf
 from minilora.storage.quantized import layer_tensors, quantization_settings, quantized_parts, read_layer
 
 MODEL_WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKEN_IDS = "bos_token_id", "eos_token_id"  # fields of config.json that are the tokenizer's
+TOKEN_IDS = "bos_token_id", "eos_token_id", "pad_token_id"  # fields of config.json that are the tokenizer's
 EMBEDDING = "model.embed_tokens.weight"
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -80,7 +72,7 @@ def load_model(
     check_tensors(checkpoint.path, expected, shapes)
     for name in expected:
         check_type(name, types[name], files[name])
-    dtype = dtype or reduce(torch.promote_types, (FLOAT_TYPES[types[name]] for name in expected))
+    dtype = dtype or _widest(types[name] for name in expected)
     for name, parts in in_4_bits.items():
         linear = linears[name]
         with naming(f"{name} in {files[parts[0]]}"):
@@ -98,7 +90,22 @@ def load_model(
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight  # the new parameter, no longer the one on meta
     vars(model)["token_ids"] = {key: checkpoint.settings[key] for key in TOKEN_IDS if key in checkpoint.settings}
+    vars(model)["name_or_path"] = str(directory)  # where an adapter says that its base came from
     return model
+
+
+def stored_dtype(directory: str | Path) -> torch.dtype:
+    """The type that `load_model` reads a folder or a GGUF file in by itself: the widest of its tensors in floats."""
+    checkpoint = open_checkpoint(directory)
+    in_4_bits = {part for parts in quantized_parts(list(checkpoint.shapes)).values() for part in parts}
+    for name, kind in checkpoint.types.items():
+        if name not in in_4_bits:
+            check_type(name, kind, checkpoint.files[name])
+    return _widest(kind for name, kind in checkpoint.types.items() if name not in in_4_bits)
+
+
+def _widest(kinds: Iterable[str]) -> torch.dtype:
+    return reduce(torch.promote_types, (FLOAT_TYPES[kind] for kind in kinds))
 
 
 @dataclass
@@ -139,11 +146,17 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, path / MODEL_CONFIG, settings, files, types, shapes, read)
 
 
-def save_model(model: GPT, directory: str | Path):
+def save_model(
+    model: GPT, directory: str | Path, companions: Mapping[str, bytes] | None = None, overwrite: bool = False
+):
     """Writes `config.json` and `model.safetensors`, which `transformers` and `load_model` read.
 
+    companions: by name, the other files of the model, such as its tokenizer (`BaseFolder.companions`). overwrite: also
+    in place of an adapter, or of a model in other files. Killed at any moment, the folder holds the old or the new.
+
     Merged LoRA layers are written as the plain layers they now are, without the adapter. Raises ValueError for LoRA
-    that is not merged, for tensors the layout has no place for, and for a folder that cannot be written.
+    that is not merged, for tensors the layout has no place for, for a folder that holds another thing, and for one that
+    cannot be written.
     """
     unmerged = [name for name, layer in lora_layers(model) if not layer.merged]
     if unmerged:
@@ -165,25 +178,14 @@ def save_model(model: GPT, directory: str | Path):
     if quantized:
         settings["quantization_config"] = quantization_settings(next(iter(quantized.values())), dtype)
     settings |= vars(model).get("token_ids", {})  # a checkpoint's own begin and end tokens outlive the round trip
-    write_pair(Path(directory), MODEL_WEIGHTS, tensors, {"format": "pt"}, MODEL_CONFIG, settings)
-
-
-def write_pair(directory: Path, weights_name: str, tensors: dict, metadata: dict, config_name: str, settings: dict):
-    """Replaces weights and the config that explains them. Killed at any moment, the folder never pairs old with new."""
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory} is a file; saving needs a folder")
-    # The slow part first, beside the old pair, which stays whole. Then the old config goes: until the new one is there
-    # the folder has none and is refused by name, because weights under another model's config might load.
-    new_weights = directory / f"{weights_name}.new"
-    write_safetensors(new_weights, tensors, metadata)
-    (directory / config_name).unlink(missing_ok=True)
-    os.replace(new_weights, directory / weights_name)
-    write_json(directory / config_name, settings)
+    about = {"format": "pt"}
+    write_pair(Path(directory), MODEL_WEIGHTS, tensors, about, MODEL_CONFIG, settings, companions, overwrite)
 
 
 def check_directory(directory: Path):
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is {'a file, not' if directory.exists() else 'not'} a folder")
+    settle(directory)
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -15,7 +15,8 @@ from minilora.model import GPT
 from minilora.quant import Quantization
 from minilora.storage.files import open_safetensors, read_json
 from minilora.storage.fingerprint import fingerprint
-from minilora.storage.models import check_directory, write_pair
+from minilora.storage.folders import write_pair
+from minilora.storage.models import check_directory
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 BASE_FINGERPRINT, BASE_QUANTIZATION = "base_fingerprint", "base_quantization"  # our keys in safetensors' metadata
@@ -46,12 +47,17 @@ def check_foreign(settings: dict, known: set[str], path: Path):
         raise ValueError(f"{path} has settings that are not supported: {', '.join(on)}")
 
 
-def write_adapter(model: GPT, directory: str | Path, tensors: dict[str, Tensor], settings: dict):
-    """Writes tensors and settings of an adapter, with the notes of its base, `model`."""
+def write_adapter(
+    model: GPT, directory: str | Path, tensors: dict[str, Tensor], settings: dict, overwrite: bool = False
+):
+    """Writes tensors and settings of an adapter, with the notes of its base, `model`. ValueError as `write_pair`."""
     metadata = {"format": "pt", BASE_FINGERPRINT: fingerprint(model)}
     if quantization := quantization_of(model):
         metadata[BASE_QUANTIZATION] = json.dumps(asdict(quantization))
-    write_pair(Path(directory), ADAPTER_WEIGHTS, tensors, metadata, ADAPTER_CONFIG, {**COMMON_FIELDS, **settings})
+    # PEFT's auto classes look here for the base: the path it was loaded from.
+    origin = {"base_model_name_or_path": vars(model).get("name_or_path")}
+    all_settings = {**COMMON_FIELDS, **origin, **settings}
+    write_pair(Path(directory), ADAPTER_WEIGHTS, tensors, metadata, ADAPTER_CONFIG, all_settings, overwrite=overwrite)
 
 
 def quantization_of(model: GPT) -> Quantization | None:

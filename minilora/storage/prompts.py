@@ -24,10 +24,11 @@ PAST_FIELDS = {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_
 PAST_FIELDS |= {"tokenizer_kwargs", "prefix_projection", "encoder_hidden_size", "init_weights"}
 
 
-def save_prompt(prompt: Prompt, directory: str | Path):
+def save_prompt(prompt: Prompt, directory: str | Path, overwrite: bool = False):
     """Writes a SoftPrompt's or a PrefixTuning's numbers in float32, with the fingerprint of their base.
 
-    Raises ValueError for another module and for a folder that cannot be written.
+    overwrite: also in place of a model. Raises ValueError for another module, for a folder that holds a model, and for
+    one that cannot be written.
     """
     method = next((name for name, kind in PROMPTS.items() if isinstance(prompt, kind)), None)
     if method is None:
@@ -35,7 +36,7 @@ def save_prompt(prompt: Prompt, directory: str | Path):
     model = prompt.base_model
     settings = {"peft_type": method, "num_virtual_tokens": prompt.length, **_sizes(method, model)}
     settings |= {"prompt_tuning_init": "RANDOM"} if method == "PROMPT_TUNING" else {"prefix_projection": False}
-    write_adapter(model, directory, {TENSOR: prompt.prompt_embeddings.float()}, settings)
+    write_adapter(model, directory, {TENSOR: prompt.prompt_embeddings.float()}, settings, overwrite)
 
 
 def load_prompt(model: GPT, directory: str | Path, force: bool = False) -> Prompt:

@@ -17,7 +17,8 @@ from typing import Any
 
 import sentencepiece
 
-from minilora.storage.files import read_json, replacing, write_json
+from minilora.storage.files import json_text, read_json, replacing
+from minilora.storage.folders import settle
 from minilora.storage.gguf import is_gguf, open_gguf
 
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
@@ -133,25 +134,23 @@ def open_tokenizer(base: str | Path) -> AnyTokenizer:
     """The tokenizer of a model's folder, `tokenizer.model` or else `tokenizer.json`; or the one inside a GGUF file."""
     if is_gguf(base):
         return JsonTokenizer(Path(base), *open_gguf(base).tokenizer())
+    settle(Path(base))
     model, other = Path(base) / "tokenizer.model", Path(base) / "tokenizer.json"
     if model.is_file() or not other.is_file():
         return Tokenizer(model)
     return JsonTokenizer(other, other.read_bytes(), _settings_beside(other), _end_ids_beside(other))
 
 
-def save_tokenizer(tokenizer: AnyTokenizer, directory: str | Path):
-    """Writes the tokenizer's files into a model's folder: a model without its tokenizer is of no use.
+def tokenizer_files(tokenizer: AnyTokenizer) -> dict[str, bytes]:
+    """By name, the files that a tokenizer is in a model's folder: a model without its tokenizer is of no use.
 
     Beside the tokenizer `generation_config.json` names the tokens that end an answer, as `transformers` reads it.
     """
-    directory = Path(directory)
-    with replacing(directory / tokenizer.file_name) as copy:
-        copy.write_bytes(tokenizer.definition)
-    if tokenizer.settings:
-        write_json(directory / TOKENIZER_CONFIG, tokenizer.settings)
     ends: list[int] = sorted(tokenizer.end_ids)
     generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends}
-    write_json(directory / GENERATION_CONFIG, generation)
+    beside = {GENERATION_CONFIG: generation, TOKENIZER_CONFIG: tokenizer.settings}
+    files = {name: json_text(name, settings).encode() for name, settings in beside.items() if settings}
+    return {tokenizer.file_name: tokenizer.definition, **files}
 
 
 def _settings_beside(path: Path) -> dict:
@@ -201,5 +200,6 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 20
     settings |= dict(max_sentence_length=1 << 20, num_threads=1, minloglevel=1)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, **settings)
-    Path(path).write_bytes(model.getvalue())
+    with replacing(path) as temporary:
+        temporary.write_bytes(model.getvalue())
     return Tokenizer(path)

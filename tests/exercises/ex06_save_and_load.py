@@ -6,7 +6,7 @@ SOLUTION = {
     "storage.adapters": """
 from minilora.adapters.inject import check_targets, pattern_value
 from minilora.storage.fingerprint import fingerprint
-from minilora.storage.models import write_pair
+from minilora.storage.folders import write_pair
 
 
 def key_of(layer, part):
