@@ -5,7 +5,7 @@ Each verb is a function below that hands its options to the package. Bad input e
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 
 from minilora.command import run_command
 from minilora.config import LoRAConfig
-from minilora.dtypes import DTYPES
+from minilora.dtypes import DTYPES, dtype_name
 from minilora.experiments import bench as benchmarks
 from minilora.experiments import bench_model
 from minilora.experiments.compare import compare as compare_methods
@@ -33,18 +33,19 @@ from minilora.model import GPT
 from minilora.options import CONVERSE, OPTIONS
 from minilora.quant import Quantization
 from minilora.storage.adapters import load_adapter
-from minilora.storage.config import load_config
+from minilora.storage.config import MODEL_CONFIG, load_config
 from minilora.storage.files import make_folder
+from minilora.storage.folders import check_apart, check_free
 from minilora.storage.get import convert as convert_gguf
 from minilora.storage.get import find_base
 from minilora.storage.get import get as get_model
+from minilora.storage.models import MODEL_WEIGHTS, stored_dtype
 from minilora.storage.peft import base_quantization, peft_type
 from minilora.storage.prompts import PROMPTS, load_prompt
 from minilora.text.chat import encode_prompt
 from minilora.text.datasets import data_named, load_dataset
 from minilora.text.streaming import stream_text
 from minilora.text.tasks import load_task
-from minilora.text.tokenizer import save_tokenizer
 
 # Fields of TrainConfig, by name.
 LOOP_OPTIONS = ("accumulation_steps", "gradient_checkpointing", "group_by_length", "precision", "save_every")
@@ -72,13 +73,19 @@ def quantization_of(options) -> Quantization:
     return Quantization(options.scheme, options.block_size, options.double_quant)
 
 
-def base_of(options) -> BaseFolder:
-    return replace(open_base(options.base, device_of(options)), dtype=DTYPES[getattr(options, "dtype", "float32")])
+def base_of(options, methods: Sequence[str] = ()) -> BaseFolder:
+    """The base in the dtype that was asked for. By itself it is the file's where that is bfloat16, and else float32:
+    full fine-tuning cannot train weights in half precision, and float16 overflows where gradients are not scaled."""
+    base = open_base(options.base, device_of(options))
+    if options.dtype != "auto":
+        return replace(base, dtype=DTYPES[options.dtype])
+    in_half = stored_dtype(base.directory) == torch.bfloat16 and "full" not in methods
+    return replace(base, dtype=torch.bfloat16 if in_half else torch.float32)
 
 
 def experiments_of(options, methods: list[str]) -> list[Experiment]:
     """One for each method, all of the same base and data; a rate that is not given is the method's tuned one."""
-    base = base_of(options)
+    base = base_of(options, methods)
     data = data_named(options.data) if options.data else options.task
     dataset = load_dataset(data, base.tokenizer, options.sequence_length, count=options.count)
     if dataset.notes:
@@ -121,7 +128,7 @@ def pretrain(options):
 def finetune(options):
     """One method on one data set; writes an adapter or a model. --resume goes on after a kill."""
     (experiment,) = experiments_of(options, [options.method])
-    for name, value in finetune_method(experiment, options.out, options.resume).items():
+    for name, value in finetune_method(experiment, options.out, options.resume, overwrite=options.overwrite).items():
         print(f"{name:<22}{value}")
 
 
@@ -161,11 +168,14 @@ def merge(options):
     """An adapter into its base, written as a plain model folder."""
     if peft_type(options.adapter) in PROMPTS:
         raise ValueError(f"{options.adapter} holds a prompt, which is input and changes no weight: nothing to merge")
-    base = base_of(options)
+    base = open_base(options.base, device_of(options))  # the sum W + ΔW is one of float32
+    dtype = stored_dtype(base.directory) if options.dtype == "auto" else DTYPES[options.dtype]
+    check_apart(options.out, base=base.directory, adapter=options.adapter)
     make_folder(options.out)
-    report = merge_adapter(load_with_adapter(base, options, options.adapter), options.out)
-    save_tokenizer(base.tokenizer, options.out)
-    print(f"merged {options.adapter} into {options.base}: {options.out}\n{report.text()}")
+    check_free(options.out, (MODEL_WEIGHTS, MODEL_CONFIG), options.overwrite)
+    model = load_with_adapter(base, options, options.adapter)
+    report = merge_adapter(model, options.out, dtype, base.companions(), options.overwrite)
+    print(f"merged {options.adapter} into {options.base}: {options.out} ({dtype_name(dtype)})\n{report.text()}")
 
 
 def evaluate(options):
@@ -194,7 +204,7 @@ def get(options):
 
 def convert(options):
     """A GGUF file of the Llama family, written as a model folder that other programs read too."""
-    convert_gguf(options.file, options.out)
+    convert_gguf(options.file, options.out, options.overwrite)
     print(f"converted {options.file}: {options.out}")
 
 
@@ -219,7 +229,7 @@ DATA = ("--base", "--task", "--data", "--count", "--sequence-length", "--out")
 STEPS = ("--steps", "--batch-size", "--learning-rate")
 TRAINING = (*DATA, *STEPS, "--dtype", *LORA, "--alpha", "--dropout", "--virtual-tokens", "--loraplus-ratio")
 LOOP = ("--accumulation-steps", "--gradient-checkpointing", "--group-by-length", "--precision")
-ONE_RUN = ("--method", "--resume", "--save-every", *LOOP)
+ONE_RUN = ("--method", "--resume", "--overwrite", "--save-every", *LOOP)
 SHAPE = ("--model", "--base", "--method", "--batch-size", "--sequence-length", "--counted-tokens")
 WAYS = ("--dtype", "--autocast", "--gradient-checkpointing", "--accumulation-steps")
 # By verb, its options; all have --seed and --device.
@@ -229,11 +239,11 @@ VERBS = {
     pretrain: ("--out", "--steps", "--resume"),
     generate: ("prompt", "--chat", *ADAPTER, "--dtype", "--max-new-tokens", "--temperature", "--top-k", "--top-p"),
     memory: (*SHAPE, *LORA, *WAYS),
-    merge: (*ADAPTER, "--out"),
+    merge: (*ADAPTER, "--dtype", "--out", "--overwrite"),
     evaluate: (*ADAPTER, "--dtype", "--task", "--count"),
     bench: ("--rounds", "--base"),
     get: ("name",),
-    convert: ("file", "--out"),
+    convert: ("file", "--out", "--overwrite"),
 }
 # By verb, the options that differ from the table above.
 CHANGES: dict[Callable, dict[str, dict[str, Any]]] = {
@@ -244,7 +254,11 @@ CHANGES: dict[Callable, dict[str, dict[str, Any]]] = {
     generate: {"--adapter": dict(action="append", help="an adapter folder; more than one for a conversation")},
     evaluate: {"--count": dict(help="questions of each kind")},
     bench: {"--base": dict(default=None, help="a real model instead: a folder, a GGUF file, or a name that get knows")},
-    merge: {"--adapter": dict(required=True), "--out": dict(default=Path("runs/merged"))},
+    merge: {
+        "--adapter": dict(required=True),
+        "--dtype": dict(help="of the weights that are written (auto: the base's own)"),
+        "--out": dict(default=Path("runs/merged")),
+    },
     memory: {
         "--base": dict(default=None, help="a model folder in Llama layout instead; only its config.json is read"),
         "--dtype": dict(choices=SIMULATED_DTYPES, default="bfloat16"),

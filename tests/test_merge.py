@@ -83,12 +83,21 @@ def test_on_floats_nothing_is_rounded(tmp_path):
     assert report.merged == pytest.approx(off, abs=1e-6), f"as written it differs by {off:.2g}, not {report.merged:.2g}"
 
 
+def test_what_is_written_in_half_precision_is_reported_as_it_was_written(tmp_path):
+    model = make_model(None)
+    apart = logits(model)
+    report = merge_adapter(model, tmp_path / "merged", torch.bfloat16)
+    assert load_model(tmp_path / "merged").lm_head.weight.dtype == torch.bfloat16
+    off = (logits(load_model(tmp_path / "merged", torch.float32)) - apart).abs().max().item()
+    assert_number("merged", report.merged, off)
+
+
 def test_a_large_loss_in_merging_would_be_seen(tmp_path, monkeypatch):
     """A merge that forgets the adapter shows in the report as what the adapter does."""
     from minilora.experiments import merge
 
     monkeypatch.setattr(merge, "merge_lora", lambda model: [setattr(x, "scaling", 0.0) for _, x in lora_layers(model)])
-    monkeypatch.setattr(merge, "save_model", lambda model, out: None)
+    monkeypatch.setattr(merge, "save_model", lambda *_: None)
     model = make_model(None)
     apart = logits(model)
     base = copy.deepcopy(model)

@@ -6,6 +6,7 @@ training. So the update is added to the dequantized weight, and floats are writt
 report says how much rounding again would have cost. To stay in 4 bits, keep the adapter apart.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,17 +49,26 @@ def random_logits(model: GPT) -> Tensor:
     return model(ids.to(model.model.embed_tokens.weight.device)).float()
 
 
-def merge_adapter(model: GPT, out: Path) -> MergeReport:
+def merge_adapter(
+    model: GPT,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    companions: Mapping[str, bytes] | None = None,
+    overwrite: bool = False,
+) -> MergeReport:
     """Merges the model's LoRA layers, dequantizing first where the base is in 4 bits, and saves it as a plain model.
 
-    The model is changed, and fit for nothing afterwards. Raises what merge_lora and save_model raise.
+    dtype: of the weights as they are written; None keeps the model's own, in which the sum is computed in any case.
+    companions, overwrite: as in save_model. The model is changed, and fit for nothing afterwards. Raises what
+    merge_lora and save_model raise.
     """
-    quantization = quantization_of(model)
+    quantization, own = quantization_of(model), model.model.embed_tokens.weight.dtype
     model.eval()
     unmerged = random_logits(model)
     merge_lora(dequantize_model(model))
-    merged = random_logits(model)
-    save_model(model, out)
+    model.to(dtype or own)
+    save_model(model, out, companions, overwrite)
+    merged = random_logits(model.to(own))
     rounded = None
     if quantization:
         quantize_model(model, quantization)
