@@ -256,7 +256,7 @@ def test_a_tied_model_may_hold_its_matrix_twice_but_not_two(tmp_path):
         (dict(hidden_size=16.0), "hidden_size 16.0, where a whole number above 0"),
         (dict(num_hidden_layers=0), "num_hidden_layers 0, where a whole number above 0"),
         (dict(vocab_size=True), "vocab_size True, where a whole number above 0"),
-        (dict(rms_norm_eps=float("nan")), "rms_norm_eps nan, where a number above 0"),
+        (dict(rms_norm_eps=float("nan")), "NaN is no number in JSON"),
         (dict(tie_word_embeddings="yes"), "tie_word_embeddings 'yes', where true or false"),
         (dict(num_key_value_heads=3), "config.json: num_attention_heads 4 is not divisible by num_key_value_heads 3"),
     ],

@@ -4,14 +4,13 @@ A config that we could not run is refused by name: another architecture or activ
 that we lack, a value of the wrong kind. Such a model would load and then speak nonsense.
 """
 
-import math
 from pathlib import Path
 
 import torch
 
 from minilora.dtypes import dtype_name
 from minilora.model import GPTConfig
-from minilora.storage.files import naming, read_json
+from minilora.storage.files import naming, read_json, shown
 from minilora.storage.folders import settle
 from minilora.storage.gguf import is_gguf, open_gguf
 from minilora.storage.quantized import check_quantization
@@ -34,10 +33,13 @@ ROPE_FIELDS: dict[str, dict[str, type]] = {
     "linear": {"factor": float},
     "llama3": dict(factor=float, low_freq_factor=float, high_freq_factor=float, original_max_position_embeddings=int),
 }
+# Field: more than any model has, and few enough for a model to be built without weights; all other sizes up to 2**20.
+LARGEST = {"num_hidden_layers": 1000, "vocab_size": 2**24, "max_position_embeddings": 2**31}
+LARGEST |= {"original_max_position_embeddings": 2**31}
 # What a field of each type may be in JSON, where true is of type bool and no int.
 JSON_TYPES: dict[type, tuple[tuple[type, ...], str]] = {
-    int: ((int,), "a whole number above 0"),
-    float: ((int, float), "a number above 0"),
+    int: ((int,), "a whole number above 0, up to {largest}"),
+    float: ((int, float), "a number above 0, from 1e-30 to 1e+30"),
     bool: ((bool,), "true or false"),
 }
 
@@ -57,17 +59,17 @@ def read_config(settings: dict, path: Path) -> GPTConfig:
     for name, supported in SUPPORTED.items():
         value = settings.get(name) or (supported if name != "model_type" else None)
         if value != supported:
-            raise ValueError(f"{path} has {name} {value!r}; only {supported!r} is supported")
+            raise ValueError(f"{path} has {name} {shown(value)}; only {supported!r} is supported")
     if settings.get("quantization_config"):
         check_quantization(settings["quantization_config"], path)
     fields = {name: _field(settings, name, kind, default, path) for name, (kind, default) in SHAPE_FIELDS.items()}
     # transformers 5 writes rope_parameters, rope_theta among them; before that it was rope_scaling, and theta outside.
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise ValueError(f"{path} has rotary settings {rope!r}, where an object with a rope_type is expected")
+        raise ValueError(f"{path} has rotary settings {shown(rope)}, where an object with a rope_type is expected")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in list(ROPE_FIELDS):  # a list, because the file's value may be one that cannot be hashed
-        raise ValueError(f"{path} has rope_type {rope_type!r}; only {', '.join(ROPE_FIELDS)} are supported")
+        raise ValueError(f"{path} has rope_type {shown(rope_type)}; only {', '.join(ROPE_FIELDS)} are supported")
     scaling = {name: _field(rope, name, kind, REQUIRED, path) for name, kind in ROPE_FIELDS[rope_type].items()}
     if scaling.get("high_freq_factor", 2) <= scaling.get("low_freq_factor", 1):
         raise ValueError(f"{path} has a high_freq_factor that is not above its low_freq_factor")
@@ -84,8 +86,9 @@ def _field(settings: dict, name: str, kind: type, default, path: Path):
     if value is None:
         return default
     types, wanted = JSON_TYPES[kind]
-    if type(value) not in types or (kind is not bool and not 0 < value < math.inf):
-        raise ValueError(f"{path} has {name} {value!r}, where {wanted} is expected")
+    least, largest = (1, LARGEST.get(name, 2**20)) if kind is int else (1e-30, 1e30)
+    if type(value) not in types or (kind is not bool and not least <= value <= largest):
+        raise ValueError(f"{path} has {name} {shown(value)}, where {wanted.format(largest=largest)} is expected")
     return kind(value)
 
 

@@ -10,17 +10,23 @@ file from a stranger can do no more than be wrong. Reading checks for that and s
 """
 
 import json
+import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from minilora.storage.locks import locked
+
+LARGEST = 3.4028234663852886e38  # of float32
+DIGITS = 100  # of a number in JSON: more than any setting has, fewer than a float can hold
 
 
 def make_folder(path: str | Path):
@@ -118,10 +124,55 @@ def read_json(path: str | Path) -> dict:
     """Reads a JSON file that holds one object. FileNotFoundError if there is none, ValueError if it is not that."""
     check_file(path)
     with naming(f"{path} is not valid JSON"):
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = parse_json(Path(path).read_text(encoding="utf-8"))
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, where an object with named fields is expected")
     return value
+
+
+def parse_json(text: str | bytes, constants: bool = False) -> Any:
+    """The value of a JSON text. constants: take NaN and Infinity too, which Python writes and JSON does not have.
+
+    Raises ValueError also for what Python alone would take, or stumble over with another error: a field twice in one
+    object, numbers that no float can hold, brackets nested too deeply.
+    """
+
+    def whole(digits: str) -> int:
+        if len(digits) > DIGITS:
+            raise ValueError(f"a number of {len(digits)} digits is larger than any that can be meant")
+        return int(digits)
+
+    def decimal(digits: str) -> float:
+        if math.isinf(value := float(digits)):
+            raise ValueError(f"the number {shown(digits)} is larger than any that a float can hold")
+        return value
+
+    def constant(name: str) -> float:
+        if not constants:
+            raise ValueError(f"{name} is no number in JSON")
+        return float(name)
+
+    def fields(pairs: list[tuple[str, Any]]) -> dict:
+        if len(value := dict(pairs)) < len(pairs):
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise ValueError(f"{shown(twice)} stands twice in one object")
+        return value
+
+    hooks: Any = dict(parse_int=whole, parse_float=decimal, parse_constant=constant, object_pairs_hook=fields)
+    try:
+        value = json.loads(text, **hooks)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("its brackets are nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("a string in it holds half a character (a lone surrogate), which no text has") from None
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value of a file for a message, cut where it is long: nobody reads a thousand characters."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}... ({len(text)} characters)"
 
 
 def open_safetensors(path: str | Path) -> safe_open:
@@ -137,6 +188,22 @@ def open_safetensors(path: str | Path) -> safe_open:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); write or download it again") from error
 
 
+def check_finite(tensor: Tensor, name: str, path: str | Path):
+    """Raises ValueError, naming tensor and file, for a NaN, an infinity, or a number that is infinite in float32.
+
+    The least and the largest value tell, since NaN counts as both: one pass over the numbers and nothing allocated,
+    where `isfinite().all()` takes as long as the reading itself.
+    """
+    if not tensor.numel():
+        return
+    least, largest = (end.item() for end in tensor.detach().aminmax())
+    if not (-LARGEST <= least and largest <= LARGEST):  # a comparison with NaN is False
+        found = largest if -LARGEST <= least else least
+        raise ValueError(
+            f"tensor {name} in {path} holds {found}, where finite numbers are expected; the file is damaged"
+        )
+
+
 @contextmanager
 def naming(what: str | Path) -> Iterator[None]:
     """Puts what a ValueError is about, such as a file, in front of its message."""
@@ -147,8 +214,19 @@ def naming(what: str | Path) -> Iterator[None]:
 
 
 def check_file(path: str | Path):
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+    path = Path(path)
+    if not path.is_file():
+        advice = pickle_advice(path.parent) if path.suffix == ".safetensors" else ""
+        raise FileNotFoundError(f"there is no file {path}{advice}")
+
+
+def pickle_advice(folder: Path) -> str:
+    """What to do where a folder holds its weights as a pickle."""
+    found = next((path.name for path in sorted(folder.glob("*.bin"))), None)
+    if found is None:
+        return ""
+    way = "read it with transformers or PEFT, whose save_pretrained writes safetensors"
+    return f"; its {found} is a pickle, which can run code and is not opened here: {way}"
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -157,13 +235,13 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def check_tensors(where: str | Path, expected: Mapping[str, tuple], found: Mapping[str, tuple]):
     """Raises ValueError unless both hold the same names with the same shapes. The differences are named, of each kind
-    the first eight: an adapter of another model differs in hundreds."""
+    the first three: an adapter of another model differs in hundreds."""
     missing = [f"{name} {shape}" for name, shape in expected.items() if name not in found]
     extra = [f"{name} {shape}" for name, shape in found.items() if name not in expected]
     both = sorted(expected.keys() & found.keys())
     wrong = [f"{key}: expected {expected[key]}, found {found[key]}" for key in both if expected[key] != found[key]]
     faults = {"missing": missing, "not expected": extra, "of the wrong shape": wrong}
-    listed = {fault: names[:8] + [f"and {len(names) - 8} more"] * (len(names) > 8) for fault, names in faults.items()}
+    listed = {fault: names[:3] + [f"and {len(names) - 3} more"] * (len(names) > 3) for fault, names in faults.items()}
     problems = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in listed.items() if names)
     if problems:
         raise ValueError(f"{where} does not hold the tensors that it should: {problems}")
