@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 # How A and B can start (`adapters/starts.py` computes each). True: A uniform within ±1/√in; "eva" needs data as well.
+LARGEST_RANK, LARGEST_ALPHA = 2**20, 10**9  # beyond any model's width; an update scaled by more is no number
+LARGEST_LIST = 2000  # entries of target_modules or of a pattern: more than any model has layers
 STARTS = (True, "gaussian", "pissa", "olora", "eva")
 
 
@@ -12,25 +14,30 @@ def check_hyperparameters(r: int, lora_alpha: float, lora_dropout: float):
     """Raises ValueError, naming the field, for a value that cannot work."""
     check_rank("r", r)
     check_alpha("lora_alpha", lora_alpha)
-    if not 0 <= lora_dropout < 1:
+    if not (_is_number(lora_dropout) and 0 <= lora_dropout < 1):
         raise ValueError(f"lora_dropout is {lora_dropout!r}; it must be a probability of at least 0 and below 1")
 
 
 def check_rank(name: str, r: int):
-    if type(r) is not int or r < 1:
-        raise ValueError(f"{name} is {r!r}; it must be a whole number of at least 1")
+    if type(r) is not int or not 1 <= r <= LARGEST_RANK:
+        raise ValueError(f"{name} is {r!r}; it must be a whole number of at least 1 and at most {LARGEST_RANK:,}")
 
 
 def check_alpha(name: str, lora_alpha: float):
-    if not (isinstance(lora_alpha, (int, float)) and 0 < lora_alpha < math.inf):
-        raise ValueError(f"{name} is {lora_alpha!r}; it must be a number above 0")
+    if not (_is_number(lora_alpha) and 0 < lora_alpha <= LARGEST_ALPHA):
+        raise ValueError(f"{name} is {lora_alpha!r}; it must be a number above 0 and at most {LARGEST_ALPHA:,}")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass
 class LoRAConfig:
     """Which layers get an adapter, and of what shape.
 
-    Raises ValueError for a rank, alpha or dropout out of range and for an unknown start, naming the field.
+    Raises ValueError, naming the field, for a rank, alpha or dropout out of range, targets that are no names, more
+    entries than any model has layers, and an unknown start.
     """
 
     r: int = 8  # rank of the update
@@ -46,6 +53,12 @@ class LoRAConfig:
     def __post_init__(self):
         if not isinstance(self.target_modules, str):
             self.target_modules = list(self.target_modules)
+            if not all(isinstance(target, str) for target in self.target_modules):
+                raise ValueError("target_modules has an entry that is not a name; all must be strings")
+        for name in ("target_modules", "rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and len(value) > LARGEST_LIST:
+                raise ValueError(f"{name} has {len(value):,} entries; at most {LARGEST_LIST:,} are possible")
         check_hyperparameters(self.r, self.lora_alpha, self.lora_dropout)
         for key, r in self.rank_pattern.items():
             check_rank(f"rank_pattern[{key!r}]", r)

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from minilora.adapters.dora import DoRALinear
+from minilora.adapters.patterns import compile_pattern
 from minilora.adapters.starts import check_start, eva_directions, loftq, start_layer
 from minilora.config import LoRAConfig, check_rank
 from minilora.fast import FastLoRALinear
@@ -45,9 +46,9 @@ def find_targets(names: list[str], targets: Sequence[str] | str) -> list[str]:
     known = f"the linear layers here are {', '.join(sorted({name.rpartition('.')[2] for name in names}))}"
     if isinstance(targets, str):
         try:
-            found = [name for name in names if re.fullmatch(targets, name)]
-        except re.error as error:
-            raise ValueError(f"target_modules {targets!r} is not a regular expression: {error}") from None
+            found = [name for name in names if re.fullmatch(compile_pattern(targets), name)]
+        except ValueError as error:
+            raise ValueError(f"target_modules: {error}") from None
         if not found:
             raise ValueError(f"target_modules {targets!r} matches the whole name of no layer; {known}")
         return found
@@ -57,7 +58,8 @@ def find_targets(names: list[str], targets: Sequence[str] | str) -> list[str]:
 
     missing = [target for target in targets if not any(matches(name, target) for name in names)]
     if missing or not targets:
-        raise ValueError(f"target_modules {', '.join(map(repr, missing)) or '[]'} matches no layer; {known}")
+        named = ", ".join(repr(target[:100]) for target in missing[:8]) or "[]"
+        raise ValueError(f"target_modules {named} matches no layer; {known}")
     return [name for name in names if any(matches(name, target) for target in targets)]
 
 
@@ -75,7 +77,7 @@ def target_list(model: nn.Module, names: list[str]) -> list[str]:
 
 def matches_pattern(key: str, name: str) -> bool:
     """PEFT's rule for a key of rank_pattern or alpha_pattern: an expression for the name or its end after a dot."""
-    return re.match(rf"(.*\.)?({key})$", name) is not None
+    return re.match(compile_pattern(rf"(.*\.)?({key})$"), name) is not None
 
 
 def pattern_value(pattern: dict, name: str, default):
@@ -102,7 +104,7 @@ def check_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     for pattern in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, pattern):
             if not any(matches_pattern(key, name) for name in targets):
-                raise ValueError(f"{pattern} key {key!r} matches none of the layers that get an adapter")
+                raise ValueError(f"{pattern} key {key[:100]!r} matches none of the layers that get an adapter")
     return targets
 
 
