@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 from minilora.storage.files import make_folder
 from minilora.storage.gguf import close_gguf, is_gguf
-from minilora.storage.models import load_model, save_model
+from minilora.storage.models import hub_advice, load_model, save_model
 from minilora.text.tokenizer import open_tokenizer, tokenizer_files
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -117,7 +117,9 @@ def find_base(base: str | Path) -> Path:
     if path.is_dir() or (is_gguf(path) and path.is_file()):
         return path
     if str(base) not in SOURCES:
-        raise FileNotFoundError(f"there is no base model folder {base}, and no GGUF file of that name")
+        raise FileNotFoundError(
+            f"there is no base model folder {base}, and no GGUF file of that name{hub_advice(base)}"
+        )
     if not fetched.is_dir():
         raise FileNotFoundError(f"the model {base} is not here yet: python -m minilora get {base}")
     return fetched

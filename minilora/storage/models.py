@@ -9,6 +9,7 @@ Memory: the model is built on the meta device, where tensors have a shape and no
 replaces its empty twin as it is read. The peak is the model and one tensor, not two models.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
@@ -22,7 +23,16 @@ from minilora.linear4bit import Linear4bit, float_linears, quantized_layers, rep
 from minilora.model import GPT
 from minilora.quant import Quantization, quantize
 from minilora.storage.config import MODEL_CONFIG, config_settings, read_config
-from minilora.storage.files import check_tensors, naming, open_safetensors, read_json, shapes_of
+from minilora.storage.files import (
+    check_finite,
+    check_tensors,
+    naming,
+    open_safetensors,
+    pickle_advice,
+    read_json,
+    shapes_of,
+    shown,
+)
 from minilora.storage.fingerprint import base_weights
 from minilora.storage.folders import settle, write_pair
 from minilora.storage.gguf import is_gguf, open_gguf
@@ -30,7 +40,7 @@ from minilora.storage.quantized import layer_tensors, quantization_settings, qua
 
 MODEL_WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKEN_IDS = "bos_token_id", "eos_token_id", "pad_token_id"  # fields of config.json that are the tokenizer's
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -44,21 +54,28 @@ def load_model(
         are, whatever this says.
 
     Raises FileNotFoundError for a missing folder or file, and ValueError for a config that is broken or describes
-    another architecture, for missing, extra and mis-shaped tensors (each by name), damaged 4-bit layers (by name), and
-    for a truncated file.
+    another architecture, for missing, extra and mis-shaped tensors (each by name), tensors with NaN or infinity in them
+    and damaged 4-bit layers (by name), and for a truncated file.
     """
     checkpoint = open_checkpoint(directory)
     config = read_config(checkpoint.settings, checkpoint.config_path)
     files, types, shapes = checkpoint.files, checkpoint.types, dict(checkpoint.shapes)
 
     def read(name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return checkpoint.read(name).to(device=device, dtype=dtype, copy=True)
+        tensor = checkpoint.read(name).to(dtype=dtype, copy=True)
+        check_finite(tensor, name, files[name])
+        return tensor.to(device)
 
-    if config.tie_word_embeddings and "lm_head.weight" in shapes:  # the one matrix, held a second time
-        del shapes["lm_head.weight"]
-        if EMBEDDING in files and not torch.equal(read("lm_head.weight"), read(EMBEDDING)):
+    if config.tie_word_embeddings and HEAD in shapes:  # the one matrix, under the head's name alone or a second time
+        if EMBEDDING not in shapes:
+            checkpoint.rename(HEAD, EMBEDDING)
+            shapes[EMBEDDING] = shapes[HEAD]
+        elif types[HEAD] != types[EMBEDDING] or not torch.equal(read(HEAD), read(EMBEDDING)):
             tied = f"{MODEL_CONFIG} ties it to the embedding (tie_word_embeddings)"
-            raise ValueError(f"{files['lm_head.weight']} has an lm_head.weight of its own, but {tied}")
+            raise ValueError(f"{files[HEAD]} has an lm_head.weight of its own, but {tied}")
+        del shapes[HEAD]
+    if (layers := config.num_hidden_layers) > len(shapes):  # before so many are built
+        raise ValueError(f"{checkpoint.config_path} has num_hidden_layers {layers}, for {len(shapes)} tensors in all")
     with torch.device("meta"):
         model = GPT(config)
     linears = float_linears(model)
@@ -73,16 +90,21 @@ def load_model(
     for name in expected:
         check_type(name, types[name], files[name])
     dtype = dtype or _widest(types[name] for name in expected)
+
+    def stored(part: str) -> Tensor:  # of a 4-bit layer, which checks its own numbers
+        return checkpoint.read(part).to(device=device, copy=True)
+
     for name, parts in in_4_bits.items():
         linear = linears[name]
         with naming(f"{name} in {files[parts[0]]}"):
-            quantized = read_layer({part.removeprefix(f"{name}."): read(part) for part in parts}, linear.weight.shape)
+            quantized = read_layer({part.removeprefix(f"{name}."): stored(part) for part in parts}, linear.weight.shape)
         replace_module(model, name, Linear4bit.from_linear(linear, quantized))
     for name in expected:
         module, _, leaf = name.rpartition(".")
         if quantization and leaf == "weight" and module in linears:
+            weight = read(name)  # the file's values: one base for any dtype
             with naming(f"{name} in {files[name]}"):
-                quantized = quantize(read(name), **asdict(quantization))  # the file's values: one base for any dtype
+                quantized = quantize(weight, **asdict(quantization))
             quantized = replace(quantized, dtype=dtype)
             replace_module(model, module, Linear4bit.from_linear(linears[module], quantized))
         else:
@@ -119,6 +141,12 @@ class Checkpoint:
     types: dict[str, str]  # as safetensors spells them
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
+
+    def rename(self, old: str, new: str):
+        """Lets a tensor be known, and read, under another name."""
+        read = self.read
+        self.files[new], self.types[new], self.shapes[new] = self.files[old], self.types[old], self.shapes[old]
+        self.read = lambda name: read(old if name == new else name)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -184,8 +212,17 @@ def save_model(
 
 def check_directory(directory: Path):
     if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} is {'a file, not' if directory.exists() else 'not'} a folder")
+        found = "a file, not" if directory.exists() else "not"
+        raise FileNotFoundError(f"{directory} is {found} a folder{hub_advice(directory)}")
     settle(directory)
+
+
+def hub_advice(path: str | Path) -> str:
+    """What to do where a path that is not there looks like the name of a repository on the Hugging Face hub."""
+    name = Path(path).as_posix()
+    if Path(path).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return ""
+    return f"; if {name} is on the Hugging Face hub, download it first: hf download {name} --local-dir FOLDER"
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -206,11 +243,12 @@ def _weight_files(directory: Path) -> list[Path]:
     if (directory / MODEL_WEIGHTS).is_file():
         return [directory / MODEL_WEIGHTS]
     if not (directory / INDEX).is_file():
-        raise FileNotFoundError(f"{directory} has neither {MODEL_WEIGHTS} nor {INDEX}")
+        raise FileNotFoundError(f"{directory} has neither {MODEL_WEIGHTS} nor {INDEX}{pickle_advice(directory)}")
     weight_map = read_json(directory / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{directory / INDEX} has no weight_map from tensor names to files")
     for shard in weight_map.values():
-        if not isinstance(shard, str) or Path(shard).name != shard:  # never a path out of the folder
-            raise ValueError(f"{directory / INDEX} maps a tensor to {shard!r}, which is not a plain file name")
+        # never a path out of the folder; the longest name that a file system takes has 255 bytes
+        if not isinstance(shard, str) or Path(shard).name != shard or len(shard) > 255:
+            raise ValueError(f"{directory / INDEX} maps a tensor to {shown(shard)}, which is not a plain file name")
     return [directory / shard for shard in sorted(set(weight_map.values()))]

@@ -11,7 +11,7 @@ from torch import nn
 
 from minilora.adapters.prompts import PrefixTuning, Prompt, SoftPrompt, check_prompt
 from minilora.model import GPT
-from minilora.storage.files import check_tensors, naming, open_safetensors, read_json
+from minilora.storage.files import check_finite, check_tensors, naming, open_safetensors, read_json, shown
 from minilora.storage.models import check_type, read_header
 from minilora.storage.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_base, check_foreign, peft_type, write_adapter
 
@@ -43,8 +43,9 @@ def load_prompt(model: GPT, directory: str | Path, force: bool = False) -> Promp
     """Puts a saved prompt in front of a plain model, and freezes the model: a SoftPrompt or a PrefixTuning.
 
     `force` loads a prompt whose file names another base than this model. Raises FileNotFoundError for a missing folder
-    or file, and ValueError for another method, sizes that are not the model's, settings we do not have, tensors that
-    are missing, extra or mis-shaped, a truncated file, another base, and as the wrapper does. Errors change nothing.
+    or file, and ValueError for another method, another base, sizes that are not the model's, settings we do not have,
+    tensors that are missing, extra, mis-shaped or not finite, a truncated file, and as the wrapper does. Errors change
+    nothing.
     """
     directory = Path(directory)
     method, path = peft_type(directory), directory / ADAPTER_WEIGHTS
@@ -52,16 +53,17 @@ def load_prompt(model: GPT, directory: str | Path, force: bool = False) -> Promp
         other = "; load_adapter loads it" if method == "LORA" else ""
         raise ValueError(f"{directory} holds an adapter of {method}, and load_prompt knows {', '.join(PROMPTS)}{other}")
     length = _read_length(directory / ADAPTER_CONFIG, method, model)
+    if not force:
+        check_base(model, directory)
     header = read_header(path)
     for name, (kind, _) in header.items():
         check_type(name, kind, path)
     expected = {TENSOR: (length, PROMPTS[method].width(model.config))}
     check_tensors(directory, expected, {name: shape for name, (_, shape) in header.items()})
-    if not force:
-        check_base(model, directory)
-    prompt = PROMPTS[method](model, 0)
     with open_safetensors(path) as file:
         numbers = file.get_tensor(TENSOR).float()
+    check_finite(numbers, TENSOR, path)
+    prompt = PROMPTS[method](model, 0)
     prompt.prompt_embeddings = nn.Parameter(numbers.to(prompt.prompt_embeddings.device))
     return prompt
 
@@ -81,12 +83,13 @@ def _read_length(path: Path, method: str, model: GPT) -> int:
     settings, sizes = read_json(path), _sizes(method, model)
     check_foreign(settings, {"peft_type", "num_virtual_tokens", *sizes, *PAST_FIELDS}, path)
     found = {key: settings.get(key) for key in sizes}  # PEFT fills in from the model what is missing here
-    wrong = [f"{key} {found[key]!r} (here {size})" for key, size in sizes.items() if found[key] not in (None, size)]
+    fits = {key: found[key] is None or (type(found[key]), found[key]) == (int, size) for key, size in sizes.items()}
+    wrong = [f"{key} {shown(found[key])} (here {size})" for key, size in sizes.items() if not fits[key]]
     if wrong:
         raise ValueError(f"{path} is of another shape than this model: {', '.join(wrong)}")
     length = settings.get("num_virtual_tokens")
     if type(length) is not int:
-        raise ValueError(f"{path} has num_virtual_tokens {length!r}, which is not a whole number")
+        raise ValueError(f"{path} has num_virtual_tokens {shown(length)}, which is not a whole number")
     with naming(path):
         check_prompt(model, length)
     return length

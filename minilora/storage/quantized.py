@@ -24,9 +24,11 @@ from minilora.dtypes import DTYPES, dtype_name
 from minilora.levels import LEVELS, SCALE_LEVELS
 from minilora.linear4bit import Linear4bit
 from minilora.quant import SCALE_BLOCK, Quantization, QuantizedTensor, stored_shapes
+from minilora.storage.files import parse_json, shown
 
 STATE = {"nf4": "quant_state.bitsandbytes__nf4", "fp4": "quant_state.bitsandbytes__fp4"}
 STATE["int4"] = "quant_state.minilora__int4"
+LARGEST_SCALE = 65504.0  # float16's largest number: no weight of a model is larger
 
 
 def quantized_parts(names: list[str]) -> dict[str, list[str]]:
@@ -63,7 +65,7 @@ def read_layer(tensors: dict[str, Tensor], shape: tuple[int, ...]) -> QuantizedT
 
     Raises ValueError, one sentence without the layer's name, for tensors that are missing or too many, a quant state
     that is not the JSON it should be or is of another shape, levels other than ours, codes or scales of the wrong
-    size, and scales that are not finite.
+    size, codes that no quantization gives, and scales that are not finite, negative or huge.
     """
     (key,) = [key for key in tensors if key.startswith("weight.quant_state.")]
     state = read_state(tensors[key], key, shape)
@@ -94,23 +96,45 @@ def read_layer(tensors: dict[str, Tensor], shape: tuple[int, ...]) -> QuantizedT
             raise ValueError(f"has a {name} of {tensor.numel()} values of {tensor.dtype}, where {right}")
         if not tensor.isfinite().all():
             raise ValueError(f"has a {name} with NaN or infinity in it")
-    return QuantizedTensor(scheme=scheme, block_size=block_size, shape=shape, dtype=dtype, **found)
+    quantized = QuantizedTensor(scheme=scheme, block_size=block_size, shape=shape, dtype=dtype, **found)
+    check_numbers(quantized)
+    return quantized
+
+
+def check_numbers(quantized: QuantizedTensor):
+    """Raises ValueError for numbers that no quantization gives. A scale is the absmax of a block, so it is not below 0,
+    but for the rounding of a small one to 8 bits: by less than a hundredth of its nested scale."""
+    scales, below = quantized.absmax(), 0.0
+    if quantized.nested_scales is not None:
+        if (least := quantized.nested_scales.min().item()) < 0:
+            raise ValueError(f"has a weight.nested_absmax of {least:g}, where a number of at least 0 is expected")
+        below = 0.01 * quantized.nested_scales.max().item()
+    least, largest = (end.item() for end in scales.aminmax())
+    if not (-below <= least and largest <= LARGEST_SCALE):
+        found = largest if -below <= least else least
+        raise ValueError(f"has a weight.absmax of {found:g}, where numbers from 0 to {LARGEST_SCALE:g} are expected")
+    codes = quantized.codes
+    if quantized.scheme == "int4" and ((codes < 16) | (codes & 15 == 0)).any():
+        raise ValueError("has code 0 in its weight, which int4 does not use (-8 of -7 to 7)")
 
 
 def read_state(encoded: Tensor, key: str, shape: tuple[int, ...]) -> dict:
     """The JSON of the quant state that is stored under `key`, checked. Raises ValueError as `read_layer` does."""
+    if encoded.dtype != torch.uint8 or encoded.ndim != 1:
+        raise ValueError(f"has a {key} of {encoded.dtype}, where the bytes of a JSON text are expected")
     try:
-        state = json.loads(bytes(encoded.tolist()))
+        state = parse_json(bytes(encoded.tolist()))
         found = {name: state[name] for name in ("quant_type", "blocksize", "dtype", "shape")}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"has a {key} that is not the JSON it should be: {error!r}") from None
-    if STATE.get(found["quant_type"]) != key.removeprefix("weight."):
-        raise ValueError(f"has a {key} that says quant_type {found['quant_type']!r}")
+    if key not in [f"weight.{name}" for scheme, name in STATE.items() if scheme == found["quant_type"]]:
+        raise ValueError(f"has a {key} that says quant_type {shown(found['quant_type'])}")
     Quantization(found["quant_type"], found["blocksize"])  # raises ValueError for values that we do not have
-    if found["dtype"] not in DTYPES:
-        raise ValueError(f"has dtype {found['dtype']!r} in its quant state; known: {', '.join(DTYPES)}")
+    if found["dtype"] not in list(DTYPES):  # a list, because the file's value may be one that cannot be hashed
+        raise ValueError(f"has dtype {shown(found['dtype'])} in its quant state; known: {', '.join(DTYPES)}")
     if found["shape"] != list(shape):
-        raise ValueError(f"has shape {found['shape']} in its quant state, where the config makes it {list(shape)}")
+        right = f"where the config makes it {list(shape)}"
+        raise ValueError(f"has shape {shown(found['shape'])} in its quant state, {right}")
     if "nested_blocksize" in state:
         offset = state.get("nested_offset")
         if state["nested_blocksize"] != SCALE_BLOCK or not isinstance(offset, float):
@@ -138,4 +162,6 @@ def check_quantization(settings, path: Path):
     settings = settings if isinstance(settings, dict) else {"quant_method": settings}
     method, bits = settings.get("quant_method", "bitsandbytes"), " in 8 bits" if settings.get("load_in_8bit") else ""
     if method not in ("bitsandbytes", "minilora") or bits:
-        raise ValueError(f"{path} has a quantization_config of {method!r}{bits}; only bitsandbytes' 4 bits can be read")
+        raise ValueError(
+            f"{path} has a quantization_config of {shown(method)}{bits}; only bitsandbytes' 4 bits can be read"
+        )
