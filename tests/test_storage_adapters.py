@@ -265,7 +265,12 @@ def test_tensors_that_do_not_fit_are_named(saved, edit, message, wrapped):
         (dict(use_dora=True), "missing: .*lora_magnitude_vector"),
         (dict(use_dora="yes"), "use_dora 'yes'.*wrong type"),
         (dict(lora_alfa=16), "not supported: lora_alfa 16"),
-        (dict(layers_to_transform=[0]), r"layers_to_transform \[0\]"),
+        (dict(layers_to_transform=[0]), "not expected: .*layers.1"),  # the file holds both layers
+        (dict(layers_to_transform="0"), r"layers_to_transform \['0'\], where numbers of layers are expected"),
+        (dict(layers_to_transform=[True]), r"layers_to_transform \[True\], where numbers of layers are expected"),
+        (dict(layers_to_transform=0, layers_pattern="h"), "layers_pattern 'h'; a Llama model's are called 'layers'"),
+        (dict(layers_to_transform=0, target_modules="all-linear"), "needs target_modules as a list of names"),
+        (dict(trainable_token_indices=0), "not supported: trainable_token_indices 0"),  # token 0, and not "off"
         (dict(init_lora_weights="pissa"), "init_lora_weights 'pissa'"),
         (dict(r=...), "has no r"),
         (dict(lora_alpha=None), "has no lora_alpha"),

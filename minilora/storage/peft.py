@@ -13,7 +13,7 @@ from torch import Tensor
 from minilora.linear4bit import quantized_layers
 from minilora.model import GPT
 from minilora.quant import Quantization
-from minilora.storage.files import open_safetensors, read_json
+from minilora.storage.files import open_safetensors, parse_json, read_json, shown
 from minilora.storage.fingerprint import fingerprint
 from minilora.storage.folders import write_pair
 from minilora.storage.models import check_directory
@@ -36,13 +36,15 @@ def peft_type(directory: str | Path) -> str:
     path = Path(directory) / ADAPTER_CONFIG
     method = read_json(path).get("peft_type")
     if not isinstance(method, str):
-        raise ValueError(f"{path} has the peft_type {method!r}, which is not the name of a method")
+        raise ValueError(f"{path} has the peft_type {shown(method)}, which is not the name of a method")
     return method
 
 
 def check_foreign(settings: dict, known: set[str], path: Path):
     """Raises ValueError for fields not `known` here that are switched on. One that is off changes nothing."""
-    on = [f"{key} {value!r}" for key, value in settings.items() if key not in known | ORIGIN_FIELDS and value]
+    foreign = {key: value for key, value in settings.items() if key not in known | ORIGIN_FIELDS}
+    # 0 may be the number of a layer or a token, so it is not off, as false, null and what is empty are.
+    on = [f"{key[:100]} {shown(value)}" for key, value in foreign.items() if value or type(value) is int]
     if on:
         raise ValueError(f"{path} has settings that are not supported: {', '.join(on)}")
 
@@ -73,7 +75,7 @@ def base_quantization(directory: str | Path) -> Quantization | None:
     if note is None:
         return None
     try:
-        settings = json.loads(note)
+        settings = parse_json(note)
         return Quantization(*(settings[key] for key in ("scheme", "block_size", "double_quant")))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} has a note of its base's quantization that cannot be read: {error!r}") from None

@@ -1,5 +1,7 @@
 """Adapters held against PEFT: the same files, the same logits, the same gradients, and what only PEFT has refused."""
 
+import warnings
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -104,6 +106,28 @@ def test_adapters_of_peft_load_here(both, assert_same_logits, ids, tmp_path, cas
     assert_adapter_counts(ids, load_model(tmp_path / "base", dtype=torch.float64), logits)
 
 
+ONLY_PEFTS = {  # settings that we read, and never write
+    "some layers": dict(target_modules=["q_proj", "mlp.up_proj"], layers_to_transform=[1]),
+    "layer 0": dict(target_modules=["q_proj", "mlp.up_proj"], layers_to_transform=0, layers_pattern="layers"),
+    "the head, with a copy of its weight": dict(target_modules=["v_proj", "lm_head"]),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("case", ONLY_PEFTS)
+def test_what_only_peft_writes_loads_here(both, assert_same_logits, ids, tmp_path, case, tied):
+    base, ours = both(torch.float64, tie_word_embeddings=tied)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of the embedding that it saves and of weights that are tied
+        theirs = peft.get_peft_model(base, peft.LoraConfig(r=3, **ONLY_PEFTS[case], task_type="CAUSAL_LM"))
+        randomize(theirs).eval().save_pretrained(tmp_path / "adapter")
+    copies = [name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors") if "base_layer" in name]
+    assert bool(copies) == ("head" in case), f"PEFT has copied {copies}"
+    load_adapter(ours, tmp_path / "adapter")
+    logits = assert_same_logits("float64 logits", ours, theirs, BAR)
+    assert_adapter_counts(ids, load_model(tmp_path / "base", dtype=torch.float64), logits)
+
+
 def test_bfloat16_adapter_files(both, assert_same_logits, tmp_path):
     base, ours = both(torch.float64, attention_bias=True)
     theirs_with(base, "patterns").bfloat16().save_pretrained(tmp_path / "adapter")
@@ -166,7 +190,6 @@ REFUSED = {
     "PiSSA": (lambda: peft.LoraConfig(**LORA, init_lora_weights="pissa"), "init_lora_weights 'pissa'"),
     "biases": (lambda: peft.LoraConfig(**LORA, bias="lora_only"), "not supported: .*bias 'lora_only'"),
     "whole modules": (lambda: peft.LoraConfig(**LORA, modules_to_save=["lm_head"]), r"modules_to_save \['lm_head'\]"),
-    "some layers": (lambda: peft.LoraConfig(**LORA, layers_to_transform=[1]), r"layers_to_transform \[1\]"),
     "parameters": (lambda: peft.LoraConfig(**LORA, target_parameters=["mlp.up_proj.weight"]), "target_parameters"),
     "IA3": (lambda: peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "with peft_type 'IA3'"),
     "LoHa": (lambda: peft.LoHaConfig(r=2, target_modules=["q_proj"]), "with peft_type 'LOHA'"),
