@@ -18,7 +18,7 @@ from torch import nn
 
 from minilora.model import GPT, GPTConfig
 from minilora.storage.files import open_safetensors, write_safetensors
-from minilora.storage.training_state import digest, load_training_state, save_training_state
+from minilora.storage.training_state import digest, load_training_state, save_training_state, state_digest
 from minilora.train import make_optimizer, train
 from minilora.train_settings import NonFiniteError, TrainConfig
 
@@ -237,6 +237,10 @@ def test_nothing_changes_unless_everything_fits(tmp_path):
         "a refused state changed the model"
     )
     write_safetensors(path, saved, metadata)
+    with pytest.raises(ValueError, match=r"state\.safetensors is damaged.*digest"):
+        load_training_state(path, model, optimizer, {})
+    saved |= {key: tensor - 1 for key, tensor in saved.items() if key.endswith("/step")}
+    write_safetensors(path, saved, metadata | {"digest": state_digest(saved, metadata)})
     load_training_state(path, model, optimizer, {})
     assert not torch.equal(before[-1], list(model.parameters())[-1]), "the state should have been loaded"
 

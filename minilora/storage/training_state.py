@@ -7,6 +7,7 @@ kill between them would pair the weights of one step with the moments of another
 
 Frozen parameters are not stored, so the state of an adapter run is as small as the adapter. A digest of them is kept
 among the settings: a run resumed on another base would not fail, it would quietly train something else.
+A second digest, of all that the file holds, tells a damaged file from a whole one: a flipped bit is a valid number.
 """
 
 import hashlib
@@ -14,12 +15,21 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minilora.storage.files import check_tensors, open_safetensors, shapes_of, write_safetensors
+from minilora.storage.files import (
+    check_finite,
+    check_tensors,
+    open_safetensors,
+    parse_json,
+    shapes_of,
+    write_safetensors,
+)
+from minilora.train_settings import History
 
-KIND = "minilora training state, version 1"
+KIND = "minilora training state, version 2"
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter: a count and two moments
 
 
@@ -31,32 +41,41 @@ def save_training_state(
     history and settings: dictionaries that JSON can hold. Raises ValueError if the file cannot be written.
     """
     notes = {"kind": KIND, "step": step, "history": history, "settings": settings}
-    metadata = {key: json.dumps(value) for key, value in notes.items()}
-    write_safetensors(path, state_tensors(model, optimizer), metadata)
+    metadata, tensors = {key: json.dumps(value) for key, value in notes.items()}, state_tensors(model, optimizer)
+    write_safetensors(path, tensors, {**metadata, "digest": state_digest(tensors, metadata)})
 
 
 def load_training_state(path: str | Path, model: nn.Module, optimizer: Optimizer, settings: dict) -> tuple[int, dict]:
     """Puts a saved state into model, optimizer and random generators; returns (steps done, history).
 
     Everything is checked before anything is changed. Raises FileNotFoundError if there is no file, and ValueError if
-    it is damaged, was written under other settings (each differing field is named with both values), or does not hold
-    exactly the tensors that this model and optimizer need.
+    it is damaged, was written by an older version or under other settings (each differing field is named with both
+    values), does not hold exactly the tensors that this model and optimizer need, or contradicts itself: its step,
+    its history and the optimizer's counts must agree.
     """
     with open_safetensors(path) as file:
         metadata = file.metadata() or {}
-        saved = {name: file.get_tensor(name) for name in file.keys()}
-    if metadata.get("kind") != json.dumps(KIND):
-        raise ValueError(f"{path} is not a training state of this version of minilora")
+        if metadata.get("kind") != json.dumps(KIND):
+            raise ValueError(f"{path} is not a training state of this version of minilora; start the run anew")
+        try:
+            saved = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
     try:
-        step, history, old = (json.loads(metadata[key]) for key in ("step", "history", "settings"))
+        step, history, old = (parse_json(metadata[key], constants=True) for key in ("step", "history", "settings"))
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged: its header lacks the step, the history or the settings") from error
+    if not isinstance(old, dict) or not isinstance(history, dict):
+        raise ValueError(f"{path} is damaged: its history or its settings are not an object with named fields")
     check_same_settings(path, old, json.loads(json.dumps(settings)))  # through JSON, where a tuple becomes a list
     needed = state_tensors(model, optimizer)
     check_tensors(path, shapes_of(needed), shapes_of(saved))
     for name, tensor in needed.items():
         if saved[name].dtype != tensor.dtype:
             raise ValueError(f"{path} holds {name} as {saved[name].dtype}, where {tensor.dtype} is needed")
+    if metadata.get("digest") != state_digest(saved, metadata):
+        raise ValueError(f"{path} is damaged: its content is not what was written (its digest differs)")
+    check_consistent(path, step, history, old, saved)
 
     names = {parameter: name for name, parameter in trainable(model).items()}
     for parameter, name in names.items():
@@ -69,6 +88,41 @@ def load_training_state(path: str | Path, model: nn.Module, optimizer: Optimizer
     if "random/device" in saved:
         random_module(model).set_rng_state(saved["random/device"])
     return step, history
+
+
+def state_digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """Of all that a state holds: the tensors, in the order of their names, and the notes."""
+    notes = json.dumps([metadata.get(key) for key in ("step", "history", "settings")]).encode()
+    everything = {**dict(sorted(tensors.items())), "notes": torch.tensor(list(notes), dtype=torch.uint8)}
+    return digest(everything)
+
+
+def check_consistent(path: str | Path, step: int, history: dict, settings: dict, saved: dict[str, Tensor]):
+    """Raises ValueError for a step that the run does not have, or that history or optimizer contradict, for numbers
+    that are not finite or cannot be moments, and for a state that the random generator does not take."""
+    if type(step) is not int or not 0 <= step <= settings.get("steps", step):
+        raise ValueError(f"{path} says that {step!r} steps are done, of {settings.get('steps', 'no')} in all")
+    try:
+        past = History(**history)
+        done = [number for number, _ in past.train_loss]
+        fits = done == list(range(step)) and len(past.step_seconds) == step and type(past.tokens) is int
+        fits = fits and all(0 <= number <= step for number, _ in past.validation_loss)
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{path} says that {step} steps are done, and its history is of another run")
+    counts = [count.item() for name, count in saved.items() if name.endswith("/step")]
+    if any(not 0 <= count <= step for count in counts) or max(counts, default=step) != step:
+        raise ValueError(f"{path} says that {step} steps are done, and its optimizer has counted {max(counts):g}")
+    for name, tensor in saved.items():
+        if tensor.is_floating_point():
+            check_finite(tensor, name, path)
+        if name.endswith("/exp_avg_sq") and tensor.min() < 0:
+            raise ValueError(f"{path} holds {name} with numbers below 0, where means of squares are expected")
+    try:
+        torch.Generator().set_state(saved["random/cpu"])
+    except RuntimeError as error:
+        raise ValueError(f"{path} holds a random/cpu that is not the state of a generator: {error}") from None
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -121,7 +175,7 @@ def run_identity(model: nn.Module, data, optimizer: Optimizer) -> dict:
 def digest(tensors: dict[str, Tensor]) -> str:
     """sha256 over names, types, shapes and every byte: equal digests mean equal tensors.
 
-    About a second for each gigabyte, paid once per run and not at each save.
+    About a second for each gigabyte: paid once per run for what is frozen, and at each save for what is trained.
     """
     total = hashlib.sha256()
     for name, tensor in tensors.items():
