@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from minilora.model import GPTConfig, rotary_frequencies
-from minilora.storage.files import check_file
+from minilora.storage.files import check_file, naming, shown
+from minilora.storage.gguf_header import check_header
 
 TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 BLOCK_TENSORS = {
@@ -91,6 +92,7 @@ class GGUFFile:
             raise ValueError(f"reading {path} needs the gguf library: pip install gguf") from None
         self._dequantize = gguf.quants.dequantize
         try:
+            check_header(path)
             reader = gguf.GGUFReader(path)
         except Exception as error:  # of many kinds: the library trusts the file
             fault = "truncated, no GGUF, or newer than the library"
@@ -104,16 +106,23 @@ class GGUFFile:
         self._sources = {self._hugging_face_name(name): name for name in self._parts}
         # numpy lists the outermost dimension first, GGUF the innermost.
         self.shapes = {ours: tuple(map(int, self._parts[its].shape[::-1])) for ours, its in self._sources.items()}
-        self.settings = self._config()
+        with naming(path):
+            self.settings = self._config()
 
     def _get(self, key: str, kind: type | tuple[type, ...], default: Any = None):
         """The value of a key. ValueError for one that is absent and has no default, or of another type."""
         field = self._fields.get(key)
         value = default if field is None else field.contents()
         if not isinstance(value, kind):
-            fault = "no" if value is None else f"{value!r} as"
+            fault = "no" if value is None else f"{shown(value)} as"
             raise ValueError(f"{self.path} has {fault} {key}")
         return value
+
+    def _list(self, key: str, kind: type) -> list:
+        values = self._get(key, list)
+        if not all(isinstance(value, kind) for value in values):
+            raise ValueError(f"{self.path} has {shown(values)} as {key}, where each must be of type {kind.__name__}")
+        return values
 
     def _hugging_face_name(self, name: str) -> str:
         stem, _, leaf = name.rpartition(".")
@@ -190,15 +199,15 @@ class GGUFFile:
         if kind != "gpt2" or split not in PRE_TOKENIZERS:
             found, known = f"a tokenizer {kind!r} with the pre-tokenizer {split!r}", ", ".join(PRE_TOKENIZERS)
             raise ValueError(f"{self.path} has {found}; only 'gpt2' with {known} is supported")
-        tokens: list[str] = self._get("tokenizer.ggml.tokens", list)
-        types: list[int] = self._get("tokenizer.ggml.token_type", list)
+        tokens: list[str] = self._list("tokenizer.ggml.tokens", str)
+        types: list[int] = self._list("tokenizer.ggml.token_type", int)
         if len(types) != len(tokens):
             raise ValueError(f"{self.path} has {len(types)} token types for {len(tokens)} tokens")
         for name in ("bos", "eos", "eot", "unknown", "padding"):
             id = self._get(f"tokenizer.ggml.{name}_token_id", int, 0)
-            if not id < len(tokens):
+            if not 0 <= id < len(tokens):
                 raise ValueError(f"{self.path} names token {id} as {name}, but has {len(tokens)} tokens")
-        merges = [merge.split(" ") for merge in self._get("tokenizer.ggml.merges", list)]
+        merges = [merge.split(" ") for merge in self._list("tokenizer.ggml.merges", str)]
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         added = [
             {"id": id, "content": token, **plain, "special": kind == CONTROL}
