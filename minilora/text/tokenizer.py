@@ -38,7 +38,7 @@ class Tokenizer:
         try:
             self.definition = path.read_bytes()
             self._sentencepiece.LoadFromSerializedProto(self.definition)
-        except RuntimeError:
+        except (RuntimeError, UnicodeDecodeError):  # the second, of a message with a damaged piece in it
             raise ValueError(f"{path} is not a sentencepiece tokenizer") from None
         self.vocab_size: int = self._sentencepiece.vocab_size()
         self.bos_id: int = self._sentencepiece.bos_id()
