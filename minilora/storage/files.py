@@ -124,7 +124,7 @@ def read_json(path: str | Path) -> dict:
     """Reads a JSON file that holds one object. FileNotFoundError if there is none, ValueError if it is not that."""
     check_file(path)
     with naming(f"{path} is not valid JSON"):
-        value = parse_json(Path(path).read_text(encoding="utf-8"))
+        value = parse_json(Path(path).read_text(encoding="utf-8-sig"))
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, where an object with named fields is expected")
     return value

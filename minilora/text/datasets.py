@@ -89,7 +89,7 @@ def read_text(path: str) -> str:
             f"{path!r} is no task ({', '.join(TASKS)}), no data ({', '.join(SCORERS)}, {PYTHON_CODE}), and no file"
         )
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: byte {error.start} cannot be decoded") from None
     if "\0" in text:
