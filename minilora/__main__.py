@@ -149,7 +149,7 @@ def generate(options):
     if options.chat is not None:
         return write(Conversation(model, tokenizer, **sampling).answer(options.chat))
     prompt = encode_prompt(tokenizer, options.prompt.replace("\\n", "\n"))
-    ids = stream(model, prompt, eos_id=tokenizer.end_ids, **sampling)
+    ids = stream(model, prompt, eos_id=tokenizer.end_ids, vocab_size=tokenizer.vocab_size, **sampling)
     write(stream_text(tokenizer, chain(prompt[len(tokenizer.prefix) :], ids)))
 
 

@@ -344,7 +344,7 @@ def test_each_answer_draws_anew_and_a_seed_repeats_the_conversation(folder, toke
 def test_answers_after_something_is_forgotten_draw_anew_too(folder, tokenizer, monkeypatch):
     seeds = []
 
-    def stream(model, ids, max_new_tokens, seed, eos_id):
+    def stream(model, ids, max_new_tokens, seed, eos_id, vocab_size):
         seeds.append(seed)
         return iter(tokenizer.encode("so"))
 

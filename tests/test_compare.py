@@ -441,7 +441,7 @@ def test_a_text_is_continued_and_a_task_is_answered(make_experiment, pirate, mon
     written = sample(model, experiment)
     prompts = [[*tokenizer.prefix, *tokenizer.encode(prompt)] for prompt in experiment.dataset.prompts]
     room = min(48, 64 - len(prompts[1]))
-    how = dict(temperature=0.7, seed=0, eos_id=tokenizer.end_ids)
+    how = dict(temperature=0.7, seed=0, eos_id=tokenizer.end_ids, vocab_size=tokenizer.vocab_size)
     assert asked == [(model, prompts, room, how)], f"expected {(prompts, room, how)}, asked for {asked[0][1:]}"
     expected = [tokenizer.decode(ids) for ids in generate(model, prompts, room, **how)]
     assert written == expected, f"expected {expected}, got {written}"

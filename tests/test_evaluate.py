@@ -33,8 +33,8 @@ def parrot(monkeypatch, tokenizer):
     """A stand-in for `generate` that says the prompt again; it keeps the batches it was asked for."""
     batches = []
 
-    def generate(model, prompts, max_new_tokens, eos_id):
-        assert eos_id == tokenizer.end_ids
+    def generate(model, prompts, max_new_tokens, eos_id, vocab_size):
+        assert (eos_id, vocab_size) == (tokenizer.end_ids, tokenizer.vocab_size)
         batches.append(prompts)
         return [prompt[1:][:max_new_tokens] for prompt in prompts]
 

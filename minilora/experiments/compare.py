@@ -164,7 +164,8 @@ def sample(model: GPT | Prompt, experiment: Experiment) -> Scored | list[str]:
         return score_task(model, tokenizer, dataset.task)
     prompts = [encode_prompt(tokenizer, prompt) for prompt in dataset.prompts]
     room = model.config.max_position_embeddings - max(len(prompt) for prompt in prompts)
-    written = generate(model, prompts, min(48, room), temperature=0.7, seed=0, eos_id=tokenizer.end_ids)
+    ends, pieces = tokenizer.end_ids, tokenizer.vocab_size
+    written = generate(model, prompts, min(48, room), temperature=0.7, seed=0, eos_id=ends, vocab_size=pieces)
     return [tokenizer.decode(ids) for ids in written]
 
 

@@ -52,7 +52,8 @@ class Conversation:
             asked = asked[2:]  # the oldest question and its answer
             ids = chat_ids(self.tokenizer, asked)
         seed = self.seed + self.answered
-        tokens = stream(self.model, ids, self.max_new_tokens, seed=seed, eos_id=self.tokenizer.end_ids, **self.sampling)
+        how = dict(eos_id=self.tokenizer.end_ids, vocab_size=self.tokenizer.vocab_size, **self.sampling)
+        tokens = stream(self.model, ids, self.max_new_tokens, seed=seed, **how)
         self.forgotten = len(self.messages) + 1 - len(asked)
         return self._answer(asked, tokens)
 

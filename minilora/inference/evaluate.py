@@ -29,7 +29,8 @@ def answer(
     answers = [""] * len(prompts)
     for start in tqdm(range(0, len(order), batch_size), "answering", leave=False, disable=None):  # None: if a terminal
         rows = order[start : start + batch_size]
-        generated = generate(model, [encoded[row] for row in rows], max_new_tokens, eos_id=tokenizer.end_ids)
+        asked, ends = [encoded[row] for row in rows], tokenizer.end_ids
+        generated = generate(model, asked, max_new_tokens, eos_id=ends, vocab_size=tokenizer.vocab_size)
         for row, ids in zip(rows, generated, strict=True):
             answers[row] = tokenizer.decode(ids)
     return answers

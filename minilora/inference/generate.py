@@ -34,6 +34,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     eos_id: int | Collection[int] | None = None,
+    vocab_size: int | None = None,
 ) -> list[list[int]]:
     """Continues each prompt (token ids) by up to `max_new_tokens`; returns the new tokens only, without the end token.
 
@@ -43,6 +44,9 @@ def generate(
     in the batch: the same prompt twice gives two samples, and what a row draws does not depend on which rows stand
     beside it.
 
+    vocab_size: the tokenizer's. Checkpoints often pad their vocabulary to a round number, and ids from `vocab_size` on
+    stand for no text: they are never chosen.
+
     model: a GPT, or one behind a SoftPrompt or a PrefixTuning, whose tokens count among the model's positions.
 
     Raises ValueError for an empty prompt, an id outside the vocabulary, more tokens than the model's positions, or a
@@ -51,7 +55,8 @@ def generate(
     check_prompts(model, prompts, max_new_tokens, temperature, top_k, top_p)
     continuations: list[list[int]] = [[] for _ in prompts]
     if prompts:
-        for row, token in _new_tokens(model, prompts, max_new_tokens, temperature, top_k, top_p, seed, eos_id):
+        how = temperature, top_k, top_p, seed, eos_id, vocab_size
+        for row, token in _new_tokens(model, prompts, max_new_tokens, *how):
             continuations[row].append(token)
     return continuations
 
@@ -65,6 +70,7 @@ def stream(
     top_p: float | None = None,
     seed: int = 0,
     eos_id: int | Collection[int] | None = None,
+    vocab_size: int | None = None,
 ) -> Iterator[int]:
     """The tokens that `generate` gives for this one prompt, each as soon as it is chosen.
 
@@ -72,13 +78,13 @@ def stream(
     once and not at the first token.
     """
     check_prompts(model, [prompt], max_new_tokens, temperature, top_k, top_p)
-    rows = _new_tokens(model, [prompt], max_new_tokens, temperature, top_k, top_p, seed, eos_id)
+    rows = _new_tokens(model, [prompt], max_new_tokens, temperature, top_k, top_p, seed, eos_id, vocab_size)
     return (token for _, token in rows)
 
 
 @torch.no_grad()
 def _new_tokens(
-    model: GPT | Prompt, prompts: list[list[int]], max_new_tokens: int, temperature, top_k, top_p, seed: int, eos_id
+    model: GPT | Prompt, prompts, max_new_tokens: int, temperature, top_k, top_p, seed: int, eos_id, vocab_size
 ) -> Iterator[tuple[int, int]]:
     """The loop: yields (row, token) for every new token of every row that has not ended."""
     device = model.model.embed_tokens.weight.device
@@ -92,7 +98,7 @@ def _new_tokens(
         for _ in range(max_new_tokens):
             hidden = model.model(ids, cache)  # (B, T, C)
             logits = model.lm_head(hidden[:, -1])  # (B, V): only the last position predicts something new
-            tokens = choose_tokens(logits, temperature, top_k, top_p, generators).tolist()
+            tokens = choose_tokens(logits[:, :vocab_size], temperature, top_k, top_p, generators).tolist()
             for row in sorted(running):  # a finished row stays in the batch, and its tokens are dropped
                 if tokens[row] in ends:
                     running.remove(row)

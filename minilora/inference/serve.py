@@ -51,6 +51,7 @@ def serve(
     top_p: float | None = None,
     seed: int = 0,
     eos_id: int | Collection[int] | None = None,
+    vocab_size: int | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """Answers the requests, at most `batch_size` at a time; yields (number of the request, new tokens) as they finish.
 
@@ -65,11 +66,11 @@ def serve(
     for number, request in enumerate(requests):
         check_prompts(bank.model, [request.prompt], request.max_new_tokens, temperature, top_k, top_p, number)
         bank.check_known(request.adapter)
-    return _run(bank, requests, batch_size, temperature, top_k, top_p, seed, end_ids(eos_id))
+    return _run(bank, requests, batch_size, temperature, top_k, top_p, seed, end_ids(eos_id), vocab_size)
 
 
 @torch.no_grad()
-def _run(bank: AdapterBank, requests: Sequence[Request], batch_size: int, temperature, top_k, top_p, seed: int, ends):
+def _run(bank: AdapterBank, requests, batch_size: int, temperature, top_k, top_p, seed: int, ends, vocab_size):
     if bank.running is not None:
         raise ValueError("a batch of this bank is under way; end it before the next one begins")
     generators = row_generators(len(requests), seed)
@@ -85,7 +86,7 @@ def _run(bank: AdapterBank, requests: Sequence[Request], batch_size: int, temper
             bank.select(names)
             selected = names
         logits = bank.model.lm_head(bank.model.model(ids, own)[:, -1])  # (B, V)
-        tokens = choose_tokens(logits, temperature, top_k, top_p, [row.random for row in some])
+        tokens = choose_tokens(logits[:, :vocab_size], temperature, top_k, top_p, [row.random for row in some])
         for row, token in zip(some, tokens.tolist(), strict=True):
             row.tokens.append(token)
 
