@@ -147,7 +147,7 @@ def test_half_a_character_is_refused_by_name(tmp_path):
 
 def test_special_tokens_of_a_json_tokenizer(tmp_path):
     save_json_tokenizer(tmp_path, eos_token="<end>")
-    assert open_tokenizer(tmp_path).bos_id == open_tokenizer(tmp_path).eos_id == 257
+    assert (open_tokenizer(tmp_path).bos_id, open_tokenizer(tmp_path).eos_id) == (None, 257)
     save_json_tokenizer(tmp_path, bos_token="<begin>", eos_token="<absent>")
     with pytest.raises(ValueError, match="tokenizer_config.json names no eos_token"):
         open_tokenizer(tmp_path)

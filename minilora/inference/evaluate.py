@@ -38,7 +38,7 @@ def answer(
 
 def longest(completions: Sequence[str], tokenizer: AnyTokenizer) -> int:
     """Tokens that suffice for any of these completions, with a few to spare, so that a wrong answer can show."""
-    return max(len(tokenizer.encode(completion)) for completion in completions) + 4
+    return max(len(tokenizer.encode(completion, continues=True)) for completion in completions) + 4
 
 
 @dataclass

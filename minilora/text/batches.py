@@ -88,7 +88,7 @@ def example_row(prompt: ChatPrompt, completion: str, tokenizer: AnyTokenizer) ->
     if not isinstance(prompt, str):
         return _chat_row([*prompt, {"role": "assistant", "content": completion}], tokenizer)
     before = encode_prompt(tokenizer, prompt)
-    after = [*tokenizer.encode(completion), tokenizer.eos_id]
+    after = [*tokenizer.encode(completion, continues=True), tokenizer.eos_id]
     return before + after, [IGNORE] * len(before) + after
 
 
@@ -119,7 +119,8 @@ def _chat_row(messages: list[Message], tokenizer: AnyTokenizer) -> Row:
         prompt_ids, steered = chat_ids(tokenizer, messages[:turn]), sum(id in steers for id in ids)
         places = [place for place, id in enumerate(prompt_ids) if id in steers]
         new = prompt_ids[places[steered - 1] + 1 :] if ids else prompt_ids
-        answer_ids = [*tokenizer.encode(said), tokenizer.control[end]]
+        goes_on = not (tokenizer.blank_after_control and prompt.endswith(tuple(tokenizer.control)))
+        answer_ids = [*tokenizer.encode(said, continues=goes_on), tokenizer.control[end]]
         ids += new + answer_ids
         labels += [IGNORE] * len(new) + answer_ids
     return ids, labels

@@ -16,7 +16,7 @@ stands between the two.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -25,7 +25,7 @@ from jinja2 import Template, TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from minilora.text.tokenizer import AnyTokenizer
+from minilora.text.tokenizer import AnyTokenizer, any_of
 
 Message = dict[str, str]  # "role" and "content"
 ChatPrompt = str | list[Message]  # a text to go on from, or a chat to answer
@@ -57,11 +57,12 @@ def chat_ids(tokenizer: AnyTokenizer, messages: Sequence[Message], answer: bool 
     ids: list[int] = []
     # Between two control tokens stands text, in which an alias is what a user typed. The text is encoded in one piece,
     # because the last letters of the template and the first of a message may be one token.
-    for part in re.split(f"({_any_of(names)})", text):
+    for place, part in enumerate(re.split(f"({any_of(names)})", text)):
         if part in tokenizer.control:
             ids.append(tokenizer.control[part])
         elif part:
-            ids += tokenizer.encode(re.sub(_any_of(pieces), lambda alias: pieces[alias[0]], part))
+            letters = re.sub(any_of(pieces), lambda alias: pieces[alias[0]], part)
+            ids += tokenizer.encode(letters, continues=place > 0 and not tokenizer.blank_after_control)
     return ids
 
 
@@ -103,7 +104,7 @@ def _hidden(message: Message, names: list[str], aliases: dict[str, str]) -> Mess
     content = message.get("content")
     if not isinstance(content, str):
         return message
-    content = re.sub(_any_of([OPEN, CLOSE, *names]), lambda piece: aliases[piece[0]], content)
+    content = re.sub(any_of([OPEN, CLOSE, *names]), lambda piece: aliases[piece[0]], content)
     body = content.strip()  # templates strip too
     if body and any(_could_be_completed(body, name) for name in names):
         content = content.replace(body, aliases[""] + body + aliases[""])
@@ -114,8 +115,3 @@ def _could_be_completed(text: str, name: str) -> bool:
     """Whether the name can arise from this text and what may stand around it."""
     cuts = range(1, len(name))
     return text in name or any(text.startswith(name[cut:]) or text.endswith(name[:cut]) for cut in cuts)
-
-
-def _any_of(names: Iterable[str]) -> str:
-    """An expression for any of these names, the longest first, because one may begin another."""
-    return "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or r"(?!)"

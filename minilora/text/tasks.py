@@ -36,7 +36,7 @@ class Task:
 
     def floor(self, tokenizer: AnyTokenizer) -> float:
         """The least possible mean validation loss, in nats per counted token (the completion and its end token)."""
-        tokens = sum(len(tokenizer.encode(example.completion)) + 1 for example in self.validation)
+        tokens = sum(len(tokenizer.encode(example.completion, continues=True)) + 1 for example in self.validation)
         return sum(example.nats for example in self.validation) / tokens
 
 

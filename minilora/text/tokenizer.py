@@ -9,6 +9,7 @@ Control tokens (`<|im_start|>`, `</s>`) steer the model, and no text may forge t
 letters like any others. `encode(text, control=True)`, meant for a rendered chat template, takes it for the token.
 """
 
+import codecs
 import io
 import re
 from collections.abc import Iterable, Sequence
@@ -17,12 +18,23 @@ from typing import Any
 
 import sentencepiece
 
-from minilora.storage.files import json_text, read_json, replacing
+from minilora.storage.files import json_text, replacing
 from minilora.storage.folders import settle
 from minilora.storage.gguf import is_gguf, open_gguf
+from minilora.text.json_tokenizer import SPACE, JsonTokenizer, encode_in_parts
+from minilora.text.tokenizer_settings import (
+    GENERATION_CONFIG,
+    TOKENIZER_CONFIG,
+    added_tokens,
+    chat_template,
+    end_ids_beside,
+    named_tokens,
+    settings_beside,
+)
 
-TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
-SPACE = "\u2581"  # "▁", which stands for a space inside sentencepiece's tokens
+# Two serialized messages in a row are read as one, and of a field that is in both the later value counts. These bytes
+# are a normalizer_spec (field 3 of a model) with add_dummy_prefix (3) and remove_extra_whitespaces (4) false.
+BLANKS_AS_THEY_ARE = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
 
 
 class Tokenizer:
@@ -34,111 +46,99 @@ class Tokenizer:
         self.path = path = Path(path)
         if not path.is_file():
             raise ValueError(f"no tokenizer at {path}: expected a sentencepiece tokenizer.model, or a tokenizer.json")
-        self._sentencepiece = sentencepiece.SentencePieceProcessor()
-        try:
-            self.definition = path.read_bytes()
-            self._sentencepiece.LoadFromSerializedProto(self.definition)
-        except (RuntimeError, UnicodeDecodeError):  # the second, of a message with a damaged piece in it
-            raise ValueError(f"{path} is not a sentencepiece tokenizer") from None
-        self.vocab_size: int = self._sentencepiece.vocab_size()
-        self.bos_id: int = self._sentencepiece.bos_id()
-        self.eos_id: int = self._sentencepiece.eos_id()
-        self.prefix = [self.bos_id]  # in front of every text
-        self.settings = settings = _settings_beside(path)
-        self.chat_template = _chat_template(settings)
-        self.control = {self._sentencepiece.id_to_piece(id): id for id in (self.bos_id, self.eos_id) if id >= 0}
-        self.named_tokens = _named_tokens(settings) or dict(zip(("bos_token", "eos_token"), self.control, strict=False))
-        self.end_ids = frozenset({self.eos_id, *_end_ids_beside(path)})
-        self._space_bytes = [self._sentencepiece.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        self.definition = path.read_bytes()
+        pieces = self._first = self._read(self.definition)
+        self._next = self._read(self.definition + BLANKS_AS_THEY_ARE)
+        self.settings = settings = settings_beside(path)
+        added = added_tokens(settings, path)
+        self.vocab_size: int = max([pieces.vocab_size(), *(id + 1 for id in added)])
+        control = {pieces.id_to_piece(id): id for id in range(pieces.vocab_size()) if pieces.is_control(id)}
+        self.control = control | {name: id for id, (name, special) in added.items() if special}
+        self._words = {name: id for id, (name, special) in added.items() if not special}
+        own = {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id()}
+        self.named_tokens = {key: pieces.id_to_piece(id) for key, id in own.items() if id >= 0} | named_tokens(settings)
+        self.control |= {name: id for name in self.named_tokens.values() if (id := self._id_of(name)) is not None}
+        begin, end = (self.control.get(self.named_tokens.get(key, ""), id) for key, id in own.items())
+        if end < 0:
+            raise ValueError(f"{path} has no end token, and {TOKENIZER_CONFIG} names no eos_token that it has")
+        self.bos_id: int | None = begin if begin >= 0 else None
+        self.eos_id: int = end
+        self.prefix = [begin] if begin >= 0 and settings.get("add_bos_token", True) else []
+        self.blank_after_control = bool(settings.get("legacy"))
+        self.chat_template = chat_template(settings)
+        self.end_ids = frozenset({end, pieces.eos_id(), *end_ids_beside(path)} - {-1})
+        literal = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        self._literal = literal if all(map(pieces.is_byte, literal)) else []
 
-    def encode(self, text: str, control: bool = False) -> list[int]:
+    def _read(self, definition: bytes) -> sentencepiece.SentencePieceProcessor:
+        pieces = sentencepiece.SentencePieceProcessor()
+        try:
+            pieces.LoadFromSerializedProto(definition)
+        except (RuntimeError, UnicodeDecodeError):  # the second, of a message with a damaged piece in it
+            raise ValueError(f"{self.path} is not a sentencepiece tokenizer") from None
+        return pieces
+
+    def _id_of(self, name: str) -> int | None:
+        id = self._first.piece_to_id(name)  # that of <unk> for a name that is no piece
+        return self.control.get(name, id if self._first.id_to_piece(id) == name else None)
+
+    def encode(self, text: str, control: bool = False, continues: bool = False) -> list[int]:
         """The ids of `text`; names of control tokens in it are letters unless `control` says otherwise.
 
-        A literal "▁" would decode to a space, so it goes in bytes.
+        Some tokenizers put a blank in front of a text. Where it `continues` another one, it gets none.
         """
-        if control:
-            parts = re.split(f"({'|'.join(map(re.escape, self.control)) or '(?!)'})", text)
-            return [
-                id for part in parts for id in ([self.control[part]] if part in self.control else self.encode(part))
-            ]
-        first, *rest = text.split(SPACE)
-        ids = self._sentencepiece.encode(first)
-        for part in rest:
-            ids += self._space_bytes + self._sentencepiece.encode(part)
+        tokens = self._words | self.control if control else self._words
+        ids: list[int] = []
+        for place, part in enumerate(re.split(f"({any_of(tokens)})", text)):  # text, token, text, ..., text
+            if place % 2:
+                ids.append(tokens[part])
+            else:
+                goes_on = continues if place == 0 else not self.blank_after_control
+                first = self._next if goes_on else self._first
+                ids += encode_in_parts(part, first.encode, self._next.encode, self._literal)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._sentencepiece.decode(list(ids))
+        """The text of the ids, in which control tokens, and ids that stand for nothing, leave no trace."""
+        words = {id: name for name, id in self._words.items()}
+        parts: list[tuple[str, list[int]]] = [("", [])]  # a word that was added, and the pieces behind it
+        for id in ids:
+            if id in words:
+                parts.append((words[id], []))
+            elif 0 <= id < self._first.vocab_size():
+                parts[-1][1].append(id)
+        readers = [self._first] + [self._next] * len(parts[1:])
+        return "".join(word + reader.decode(run) for reader, (word, run) in zip(readers, parts, strict=True))
 
     def is_byte(self, id: int) -> bool:
-        return self._sentencepiece.is_byte(id)
+        return 0 <= id < self._first.vocab_size() and self._first.is_byte(id)
 
 
-class JsonTokenizer:
-    """The same for a `tokenizer.json`, whose bytes are `definition`. `settings`, its `tokenizer_config.json`,
-    names the begin and end tokens; where no begin token is named, the end token serves as one, as in GPT-2.
-
-    Raises ValueError without the `tokenizers` library, for a damaged file, and where no end token is named.
-    """
-
-    file_name = "tokenizer.json"
-
-    def __init__(self, path: Path, definition: bytes, settings: dict, more_ends: Iterable[int] = ()):
-        self.path, self.definition, self.settings = path, definition, settings
-        try:
-            from tokenizers import Tokenizer as Reader
-        except ImportError:
-            raise ValueError(f"reading {path} needs the tokenizers library: pip install tokenizers") from None
-        try:
-            self._reader = Reader.from_buffer(definition)
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{path} is not a tokenizer: {error}") from None
-        self.vocab_size: int = self._reader.get_vocab_size()
-        self.named_tokens = _named_tokens(settings)
-        begin, end = (self._reader.token_to_id(self.named_tokens.get(key, "")) for key in ("bos_token", "eos_token"))
-        if end is None:
-            raise ValueError(f"{path.with_name(TOKENIZER_CONFIG)} names no eos_token that {path.name} has")
-        self.bos_id: int = end if begin is None else begin
-        self.eos_id: int = end
-        # What stands in front of a text is the file's own post-processor's to say: a begin token, or nothing.
-        self.prefix: list[int] = self._reader.encode("").ids
-        added = self._reader.get_added_tokens_decoder()
-        self.control = {token.content: id for id, token in added.items() if token.special}
-        self.chat_template = _chat_template(settings)
-        self.end_ids = frozenset({end, *more_ends})
-
-    def encode(self, text: str, control: bool = False) -> list[int]:
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError("a text holds half a character (a lone surrogate): it is not valid Unicode")
-        self._reader.encode_special_tokens = not control  # True: in letters, like any other text
-        return self._reader.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._reader.decode(list(ids))
-
-    def is_byte(self, id: int) -> bool:
-        return re.fullmatch("<0x[0-9A-F]{2}>", self._reader.id_to_token(id) or "") is not None
-
-
-# Alike in path, settings, vocab_size, bos_id, eos_id, encode and decode, and in:
+# Alike in path, settings, vocab_size, encode and decode, and in:
+#   bos_id, eos_id  the ids that begin and end a text; bos_id is None where there is none
 #   is_byte         whether an id stands for one byte of a character that has no token of its own
 #   prefix          the ids in front of every text
 #   end_ids         the ids that end an answer, eos_id among them
 #   control         control tokens by name
+#   blank_after_control  whether a text behind a control token gets the blank that some put in front of a text
 #   named_tokens    "bos_token", "eos_token" and so on by name, which a chat template may ask for
 #   chat_template   its source, or None
 AnyTokenizer = Tokenizer | JsonTokenizer
 
 
 def open_tokenizer(base: str | Path) -> AnyTokenizer:
-    """The tokenizer of a model's folder, `tokenizer.model` or else `tokenizer.json`; or the one inside a GGUF file."""
+    """The tokenizer of a model's folder, `tokenizer.model` or else `tokenizer.json`; or the one inside a GGUF file.
+
+    Raises ValueError, naming the file, for one that is damaged and where no end token is named.
+    """
     if is_gguf(base):
         return JsonTokenizer(Path(base), *open_gguf(base).tokenizer())
     settle(Path(base))
     model, other = Path(base) / "tokenizer.model", Path(base) / "tokenizer.json"
     if model.is_file() or not other.is_file():
         return Tokenizer(model)
-    return JsonTokenizer(other, other.read_bytes(), _settings_beside(other), _end_ids_beside(other))
+    definition = other.read_bytes().removeprefix(codecs.BOM_UTF8)
+    return JsonTokenizer(other, definition, settings_beside(other), end_ids_beside(other))
 
 
 def tokenizer_files(tokenizer: AnyTokenizer) -> dict[str, bytes]:
@@ -147,48 +147,16 @@ def tokenizer_files(tokenizer: AnyTokenizer) -> dict[str, bytes]:
     Beside the tokenizer `generation_config.json` names the tokens that end an answer, as `transformers` reads it.
     """
     ends: list[int] = sorted(tokenizer.end_ids)
-    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends}
+    generation: dict[str, Any] = {} if tokenizer.bos_id is None else {"bos_token_id": tokenizer.bos_id}
+    generation |= {"eos_token_id": ends[0] if len(ends) == 1 else ends}
     beside = {GENERATION_CONFIG: generation, TOKENIZER_CONFIG: tokenizer.settings}
     files = {name: json_text(name, settings).encode() for name, settings in beside.items() if settings}
     return {tokenizer.file_name: tokenizer.definition, **files}
 
 
-def _settings_beside(path: Path) -> dict:
-    """The `tokenizer_config.json` beside a tokenizer, {} where there is none. Newer folders keep the chat template in a
-    file of its own."""
-    file, template = path.with_name(TOKENIZER_CONFIG), path.with_name("chat_template.jinja")
-    settings = read_json(file) if file.is_file() else {}
-    if template.is_file():
-        settings["chat_template"] = template.read_text(encoding="utf-8")
-    return settings
-
-
-def _named_tokens(settings: dict) -> dict[str, str]:
-    """The entries such as "eos_token", each a name or an object that holds the name as its content."""
-    named = {
-        key: value["content"] if isinstance(value, dict) and "content" in value else value
-        for key, value in settings.items()
-        if key.endswith("_token")
-    }
-    return {key: value for key, value in named.items() if isinstance(value, str)}
-
-
-def _chat_template(settings: dict) -> str | None:
-    """The template's source; of several, each with a name, the one called default."""
-    found = settings.get("chat_template")
-    if isinstance(found, list):
-        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
-
-
-def _end_ids_beside(path: Path) -> set[int]:
-    """A model may end its answers with more tokens than one: those of `generation_config.json` and `config.json`."""
-    ends: set[int] = set()
-    for file in (path.with_name(GENERATION_CONFIG), path.with_name("config.json")):
-        named = read_json(file).get("eos_token_id") if file.is_file() else None
-        ends |= {id for id in (named if isinstance(named, list) else [named]) if type(id) is int}
-    return ends
+def any_of(names: Iterable[str]) -> str:
+    """An expression for any of these names, the longest first, because one may begin another."""
+    return "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or r"(?!)"
 
 
 def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 2048) -> Tokenizer:
