@@ -99,8 +99,9 @@ def test_the_tokenizer(make):
 
 
 def test_a_begin_token_where_the_file_wants_one_and_every_end_token(make):
-    _, path = make(changes={"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.eot_token_id": 2})
-    assert (open_tokenizer(path).prefix, open_tokenizer(path).end_ids) == ([1], {0, 2})
+    more = {"tokenizer.ggml.eot_token_id": 2, "tokenizer.ggml.eom_token_id": 3}  # of a turn, of a message
+    _, path = make(changes={"tokenizer.ggml.add_bos_token": True, **more})
+    assert (open_tokenizer(path).prefix, open_tokenizer(path).end_ids) == ([1], {0, 2, 3})
 
 
 REFUSED = {

@@ -12,15 +12,16 @@ from minilora import GPT, GPTConfig, load_model, save_model
 from minilora.__main__ import main
 from minilora.inference.bank import AdapterBank
 from minilora.inference.chat import Conversation
-from minilora.inference.evaluate import answer
+from minilora.inference.evaluate import answer, longest
 from minilora.inference.generate import generate, stream
 from minilora.inference.serve import Request, serve
 from minilora.storage.files import read_json
-from minilora.text.batches import example_row, pack
+from minilora.text.batches import example_row, examples, pack
 from minilora.text.chat import chat_ids, encode_prompt
 from minilora.text.datasets import load_dataset, read_text
 from minilora.text.instructions import read_lines
 from minilora.text.streaming import stream_text
+from minilora.text.tasks import Example, Task
 from minilora.text.tokenizer import open_tokenizer, save_tokenizer
 
 pytest.importorskip("tokenizers")
@@ -115,6 +116,13 @@ def test_an_id_without_a_piece_is_no_text(make, kind):
     beyond = tokenizer.vocab_size
     assert tokenizer.decode([beyond, *ids, beyond + 99]) == tokenizer.decode(ids) == "so it is"
     assert "".join(stream_text(tokenizer, [*ids[:2], beyond, *ids[2:], beyond])) == "so it is"
+    assert tokenizer.is_byte(beyond) is tokenizer.is_byte(beyond + 99) is False
+
+
+def test_ids_may_have_gaps(make):
+    definition = json_tokenizer()
+    definition["model"]["vocab"]["far"] = 500
+    assert make("first", changes=dict(model=definition["model"])).vocab_size == 501, "all ids are below vocab_size"
 
 
 # What begins a text
@@ -145,8 +153,16 @@ def test_without_a_begin_token_nothing_stands_in_front(tmp_path):
     assert (other.bos_id, other.prefix) == (None, [])
     save_tokenizer(other, tmp_path / "again")
     assert read_json(tmp_path / "again" / "generation_config.json") == {"eos_token_id": 2}
-    with pytest.raises(ValueError, match="has no end token, and tokenizer_config.json names no eos_token"):
-        open_tokenizer(write_folder(tmp_path / "endless", sentencepiece_model(eos_id=-1)))
+
+
+def test_an_end_that_config_json_alone_names(tmp_path):
+    endless = sentencepiece_model(eos_id=-1), json_tokenizer("first")
+    for kind, definition in zip(("model", "first"), endless, strict=True):
+        folder = write_folder(tmp_path / kind, definition, {"eos_token": None})
+        with pytest.raises(ValueError, match="tokenizer_config.json names no eos_token"):
+            open_tokenizer(folder)
+        (folder / "config.json").write_text('{"eos_token_id": [9, 8]}')
+        assert (open_tokenizer(folder).eos_id, open_tokenizer(folder).end_ids) == (8, {8, 9}), kind
 
 
 @pytest.mark.parametrize(
@@ -156,9 +172,8 @@ def test_without_a_begin_token_nothing_stands_in_front(tmp_path):
         ((True, True), {}, [1]),
         ((False, True), {}, []),
         ((False, False), {}, []),
-        ((False, False), {"add_bos_token": True}, [1]),
-        ((True, False), {"add_bos_token": False}, []),
-        ((True, False), {"add_bos_token": None}, [1]),
+        ((False, False), {"add_bos_token": True}, []),
+        ((True, False), {"add_bos_token": False}, [1]),
     ],
     ids=str,
 )
@@ -214,6 +229,22 @@ def test_added_tokens_of_a_model_file(make, settings, files, tmp_path):
         assert own.decode(own.encode("so covid")) == "so covid" and own.decode([342, 342]) == "covidcovid"
 
 
+def test_a_piece_that_settings_name_is_forged_by_no_text(tmp_path):
+    model = sentencepiece_model(user_defined_symbols=["<|im_end|>", "covid"])
+    tokenizer = open_tokenizer(write_folder(tmp_path, model, {"eos_token": "<|im_end|>"}))
+    assert tokenizer.eos_id == 3 and tokenizer.encode("so<|im_end|>", control=True)[-1] == 3
+    for text in ("so<|im_end|> it", "<|im_end|>", "<|im_<|im_end|>end|>", "so covid"):
+        ids = tokenizer.encode(text)
+        assert 3 not in ids and tokenizer.decode(ids) == text, f"{text!r} is {ids}"
+    assert 4 in tokenizer.encode("so covid")
+
+
+def test_an_added_token_that_settings_name_is_forged_by_no_text(make):
+    more = {"340": added("<|im_end|>", 340, special=False)}
+    tokenizer = make("model", {"added_tokens_decoder": more, "eos_token": "<|im_end|>"})
+    assert tokenizer.end_ids == {2, 340} and 340 not in tokenizer.encode("so<|im_end|>")
+
+
 def test_tokens_that_the_settings_add_to_a_json_file(make, tmp_path):
     size = len(json_tokenizer()["model"]["vocab"])
     more = {str(size): added("<|im_end|>", size), str(size + 1): added("covid", size + 1, special=False)}
@@ -253,6 +284,7 @@ def test_a_text_in_two_parts_is_the_text(make, kind):
     row, labels = example_row("Answer:", " Paris", tokenizer)
     assert row == [*tokenizer.prefix, *tokenizer.encode("Answer: Paris"), 2]
     assert [label for label in labels if label >= 0] == [*tokenizer.encode(" Paris", continues=True), 2]
+    assert example_row("", "Paris", tokenizer)[0] == [*tokenizer.prefix, *tokenizer.encode("Paris"), 2]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -278,8 +310,28 @@ def test_any_text_comes_back(make, kind, name):
     assert tokenizer.decode(tokenizer.encode("a") + tokenizer.encode(TEXTS[name], continues=True)) == "a" + TEXTS[name]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_learned_of_a_chat_is_what_its_template_writes(make, kind):
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "so it is"}]
+    bare = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"  # answers after a token
+    for template in (TEMPLATE, bare):
+        tokenizer = make(kind, {"chat_template": template})
+        row, _ = example_row(chat[:1], "so it is", tokenizer)
+        whole = chat_ids(tokenizer, chat, answer=False)
+        assert row == whole[: len(row)] and row[-1] == 2 and row.count(2) == 2, f"{row} is not {whole}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tokens_of_a_completion_are_those_that_training_counts(make, kind):
+    tokenizer = make(kind)
+    pairs = [Example("Answer:", " Paris", 3.0), Example("so ", "it is", 4.0)]
+    counted = examples([(each.prompt, each.completion) for each in pairs], tokenizer, 64).counted_tokens
+    assert Task("", [], pairs, lambda *_: True).floor(tokenizer) == 7.0 / counted
+    assert longest(["Paris"], tokenizer) == len(tokenizer.encode("Paris", continues=True)) + 4
+
+
 def test_ends_count_where_a_tokenizer_begins_and_ends_texts_alike(make):
-    tokenizer = make("first", {"bos_token": "</s>", "add_bos_token": True})
+    tokenizer = make("model", {"bos_token": "</s>"})
     batches = pack([tokenizer.encode("so"), tokenizer.encode("it is")], 16, tokenizer)
     assert tokenizer.prefix == [2] and int((batches.labels == 2).sum()) == 2, "two real ends"
 

@@ -203,7 +203,7 @@ class GGUFFile:
         types: list[int] = self._list("tokenizer.ggml.token_type", int)
         if len(types) != len(tokens):
             raise ValueError(f"{self.path} has {len(types)} token types for {len(tokens)} tokens")
-        for name in ("bos", "eos", "eot", "unknown", "padding"):
+        for name in ("bos", "eos", "eot", "eom", "unknown", "padding"):
             id = self._get(f"tokenizer.ggml.{name}_token_id", int, 0)
             if not 0 <= id < len(tokens):
                 raise ValueError(f"{self.path} names token {id} as {name}, but has {len(tokens)} tokens")
@@ -236,7 +236,7 @@ class GGUFFile:
         if "tokenizer.chat_template" in self._fields:
             settings["chat_template"] = self._get("tokenizer.chat_template", str)
         settings["model_max_length"] = self.settings["max_position_embeddings"]
-        keys = [f"tokenizer.ggml.{key}_token_id" for key in ("eos", "eot")]
+        keys = [f"tokenizer.ggml.{key}_token_id" for key in ("eos", "eot", "eom")]
         ends = [self._get(key, int) for key in keys if key in self._fields]
         return json.dumps(definition, ensure_ascii=False).encode(), settings, ends
 

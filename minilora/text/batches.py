@@ -88,7 +88,7 @@ def example_row(prompt: ChatPrompt, completion: str, tokenizer: AnyTokenizer) ->
     if not isinstance(prompt, str):
         return _chat_row([*prompt, {"role": "assistant", "content": completion}], tokenizer)
     before = encode_prompt(tokenizer, prompt)
-    after = [*tokenizer.encode(completion, continues=True), tokenizer.eos_id]
+    after = [*tokenizer.encode(completion, continues=bool(prompt)), tokenizer.eos_id]
     return before + after, [IGNORE] * len(before) + after
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -16,30 +16,29 @@ class JsonTokenizer:
     """As `Tokenizer`, from the bytes of a tokenizer.json, `definition`. `settings`, its `tokenizer_config.json`, names
     the begin and end tokens; more_ends are ids that end an answer too.
 
-    Raises ValueError without the `tokenizers` library, for a damaged file, and where no end token is named.
+    Raises ValueError without the `tokenizers` library, for a damaged file, and where no end is named.
     """
 
     file_name = "tokenizer.json"
 
-    def __init__(self, path: Path, definition: bytes, settings: dict, more_ends: Iterable[int] = ()):
+    def __init__(self, path: Path, definition: bytes, settings: dict, more_ends: Collection[int] = ()):
         self.path, self.definition, self.settings = path, definition, settings
         self._added = added_tokens(settings, path)
         self.named_tokens = named_tokens(settings)
         self._first = self._read(definition)
         added = self._first.get_added_tokens_decoder()
         self.control = {token.content: id for id, token in added.items() if token.special}
-        self.vocab_size: int = max([self._first.get_vocab_size(), *(id + 1 for id in added)])
+        self.vocab_size: int = max(self._first.get_vocab().values()) + 1  # ids may have gaps
         begin, end = (self._first.token_to_id(self.named_tokens.get(key, "")) for key in ("bos_token", "eos_token"))
+        end = min(more_ends, default=None) if end is None else end
         if end is None:
             raise ValueError(f"{path.with_name(TOKENIZER_CONFIG)} names no eos_token that {path.name} has")
         self.bos_id: int | None = begin
         self.eos_id: int = end
-        # What stands in front of a text is the file's own post-processor's to say, unless the settings say it.
+        # What stands in front of a text is the file's own post-processor's to say: a begin token, or nothing.
         encoding = self._first.encode("a")
         marked = takewhile(lambda pair: pair[1], zip(encoding.ids, encoding.special_tokens_mask, strict=True))
         self.prefix: list[int] = [id for id, _ in marked]
-        if settings.get("add_bos_token") is not None:
-            self.prefix = [begin] if settings["add_bos_token"] and begin is not None else []
         self.chat_template = chat_template(settings)
         self.end_ids = frozenset({end, *more_ends})
         self._literal: list[int] = []

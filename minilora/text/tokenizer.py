@@ -52,13 +52,21 @@ class Tokenizer:
         self.settings = settings = settings_beside(path)
         added = added_tokens(settings, path)
         self.vocab_size: int = max([pieces.vocab_size(), *(id + 1 for id in added)])
-        control = {pieces.id_to_piece(id): id for id in range(pieces.vocab_size()) if pieces.is_control(id)}
-        self.control = control | {name: id for id, (name, special) in added.items() if special}
-        self._words = {name: id for id, (name, special) in added.items() if not special}
+        ids = {pieces.id_to_piece(id): id for id in range(pieces.vocab_size())}
+        ids |= {name: id for id, (name, _) in added.items()}
         own = {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id()}
         self.named_tokens = {key: pieces.id_to_piece(id) for key, id in own.items() if id >= 0} | named_tokens(settings)
-        self.control |= {name: id for name in self.named_tokens.values() if (id := self._id_of(name)) is not None}
+        steer = {pieces.id_to_piece(id) for id in range(pieces.vocab_size()) if pieces.is_control(id)}
+        steer |= {name for name, special in added.values() if special} | set(self.named_tokens.values())
+        self.control = {name: id for name, id in ids.items() if name in steer}
+        self._words = {name: id for id, (name, _) in added.items() if name not in steer}
+        # A name that the file makes a piece of its own ("user-defined") is spelled in two, so that no text forges it.
+        spell = self._next.encode
+        forged = [name for name, id in self.control.items() if id in spell(name)]
+        self._spelled = {name: spell(name[:1]) + spell(name[1:]) for name in forged}
+        ends = end_ids_beside(path)
         begin, end = (self.control.get(self.named_tokens.get(key, ""), id) for key, id in own.items())
+        end = min(ends, default=-1) if end < 0 else end
         if end < 0:
             raise ValueError(f"{path} has no end token, and {TOKENIZER_CONFIG} names no eos_token that it has")
         self.bos_id: int | None = begin if begin >= 0 else None
@@ -66,7 +74,7 @@ class Tokenizer:
         self.prefix = [begin] if begin >= 0 and settings.get("add_bos_token", True) else []
         self.blank_after_control = bool(settings.get("legacy"))
         self.chat_template = chat_template(settings)
-        self.end_ids = frozenset({end, pieces.eos_id(), *end_ids_beside(path)} - {-1})
+        self.end_ids = frozenset({end, pieces.eos_id(), *ends} - {-1})
         literal = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self._literal = literal if all(map(pieces.is_byte, literal)) else []
 
@@ -78,20 +86,17 @@ class Tokenizer:
             raise ValueError(f"{self.path} is not a sentencepiece tokenizer") from None
         return pieces
 
-    def _id_of(self, name: str) -> int | None:
-        id = self._first.piece_to_id(name)  # that of <unk> for a name that is no piece
-        return self.control.get(name, id if self._first.id_to_piece(id) == name else None)
-
     def encode(self, text: str, control: bool = False, continues: bool = False) -> list[int]:
         """The ids of `text`; names of control tokens in it are letters unless `control` says otherwise.
 
         Some tokenizers put a blank in front of a text. Where it `continues` another one, it gets none.
         """
-        tokens = self._words | self.control if control else self._words
+        single = self._words | (self.control if control else {})
+        tokens = ({} if control else self._spelled) | {name: [id] for name, id in single.items()}
         ids: list[int] = []
         for place, part in enumerate(re.split(f"({any_of(tokens)})", text)):  # text, token, text, ..., text
             if place % 2:
-                ids.append(tokens[part])
+                ids += tokens[part]
             else:
                 goes_on = continues if place == 0 else not self.blank_after_control
                 first = self._next if goes_on else self._first
