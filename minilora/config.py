@@ -4,32 +4,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-# How A and B can start (`adapters/starts.py` computes each). True: A uniform within ±1/√in; "eva" needs data as well.
-LARGEST_RANK, LARGEST_ALPHA = 2**20, 10**9  # beyond any model's width; an update scaled by more is no number
+from minilora.ranges import ALPHA, DROPOUT, RANK
+
 LARGEST_LIST = 2000  # entries of target_modules or of a pattern: more than any model has layers
+# How A and B can start (`adapters/starts.py` computes each). True: A uniform within ±1/√in; "eva" needs data as well.
 STARTS = (True, "gaussian", "pissa", "olora", "eva")
 
 
 def check_hyperparameters(r: int, lora_alpha: float, lora_dropout: float):
     """Raises ValueError, naming the field, for a value that cannot work."""
-    check_rank("r", r)
-    check_alpha("lora_alpha", lora_alpha)
-    if not (_is_number(lora_dropout) and 0 <= lora_dropout < 1):
-        raise ValueError(f"lora_dropout is {lora_dropout!r}; it must be a probability of at least 0 and below 1")
-
-
-def check_rank(name: str, r: int):
-    if type(r) is not int or not 1 <= r <= LARGEST_RANK:
-        raise ValueError(f"{name} is {r!r}; it must be a whole number of at least 1 and at most {LARGEST_RANK:,}")
-
-
-def check_alpha(name: str, lora_alpha: float):
-    if not (_is_number(lora_alpha) and 0 < lora_alpha <= LARGEST_ALPHA):
-        raise ValueError(f"{name} is {lora_alpha!r}; it must be a number above 0 and at most {LARGEST_ALPHA:,}")
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    RANK.check("r", r)
+    ALPHA.check("lora_alpha", lora_alpha)
+    DROPOUT.check("lora_dropout", lora_dropout)
 
 
 @dataclass
@@ -61,9 +47,9 @@ class LoRAConfig:
                 raise ValueError(f"{name} has {len(value):,} entries; at most {LARGEST_LIST:,} are possible")
         check_hyperparameters(self.r, self.lora_alpha, self.lora_dropout)
         for key, r in self.rank_pattern.items():
-            check_rank(f"rank_pattern[{key!r}]", r)
+            RANK.check(f"rank_pattern[{key!r}]", r)
         for key, lora_alpha in self.alpha_pattern.items():
-            check_alpha(f"alpha_pattern[{key!r}]", lora_alpha)
+            ALPHA.check(f"alpha_pattern[{key!r}]", lora_alpha)
         if self.init_lora_weights not in STARTS:
             raise ValueError(f"init_lora_weights is {self.init_lora_weights!r}; known are {STARTS}, and apply_loftq")
 

@@ -32,6 +32,7 @@ from minilora.levels import LEVELS, SCALE_LEVELS, encode, level_pairs, nearest, 
 
 SCALE_BLOCK = 256  # scales that share a scale under double quantization
 CHUNK = 2**20  # weights handled at a time: temporaries stay small, and in the processor's cache
+BLOCK_SIZES = [2**power for power in range(4, 13)]  # 16 to 4096: a chunk holds whole blocks
 TINY = 1e-38  # in place of a scale of zero, which cannot be divided by
 
 
@@ -39,8 +40,7 @@ TINY = 1e-38  # in place of a scale of zero, which cannot be divided by
 class Quantization:
     """How weights are put into 4 bits. The defaults are QLoRA's (Dettmers et al. 2023, section 3).
 
-    Raises ValueError for an unknown scheme and a block size that is not a power of two from 16 to 4096 (so that CHUNK
-    holds whole blocks).
+    Raises ValueError for an unknown scheme and a block size that is none of BLOCK_SIZES.
     """
 
     scheme: str = "nf4"
@@ -48,11 +48,10 @@ class Quantization:
     double_quant: bool = True  # the scales themselves in 8 bits
 
     def __post_init__(self):
-        size = self.block_size
         if self.scheme not in LEVELS:
             raise ValueError(f"unknown scheme {self.scheme!r}; known: {', '.join(LEVELS)}")
-        if type(size) is not int or not 16 <= size <= 4096 or size & (size - 1):
-            raise ValueError(f"block_size is {size!r}; it must be a power of two from 16 to 4096")
+        if type(self.block_size) is not int or self.block_size not in BLOCK_SIZES:
+            raise ValueError(f"block_size is {self.block_size!r}; it must be a power of two from 16 to 4096")
 
 
 QLORA = Quantization()

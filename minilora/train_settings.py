@@ -1,11 +1,12 @@
 """What the training loop is given and what it leaves behind: `TrainConfig`, `History`, and the checks of its input."""
 
-import math
 import statistics
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor, nn
+
+from minilora.ranges import BATCH_SIZE, EVERY, LEARNING_RATE, SEED, STEPS, Range
 
 IGNORE = -100  # the label of a token that does not count in the loss, as in Hugging Face
 
@@ -39,13 +40,11 @@ class TrainConfig:
 
     def __post_init__(self):
         self.betas = tuple(self.betas)
-        counts = dict(steps=1, batch_size=1, accumulation_steps=1, warmup_steps=0, eval_every=0, save_every=0, seed=0)
-        for name, least in counts.items():
-            value = getattr(self, name)
-            self.require(type(value) is int and value >= least, name, f"a whole number of at least {least}")
-        self.require(0 < self.learning_rate < math.inf, "learning_rate", "a number above 0")
-        self.require(0 <= self.final_learning_rate <= 1, "final_learning_rate", "a fraction from 0 to 1")
-        self.require(0 <= self.weight_decay < math.inf, "weight_decay", "a number of at least 0")
+        ranges = dict(steps=STEPS, batch_size=BATCH_SIZE, accumulation_steps=BATCH_SIZE, seed=SEED)
+        ranges |= dict.fromkeys(("warmup_steps", "eval_every", "save_every"), EVERY)
+        ranges |= dict(learning_rate=LEARNING_RATE, final_learning_rate=Range(0, 1), weight_decay=Range(0))
+        for name, allowed in ranges.items():
+            allowed.check(name, getattr(self, name))
         self.require(self.max_grad_norm > 0, "max_grad_norm", "a number above 0 (math.inf: no clipping)")
         two = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         self.require(two, "betas", "two numbers from 0 to below 1")

@@ -275,7 +275,7 @@ def test_as_dict_has_the_names_of_results_json():
         (dict(sequence_length=513), "513.*1 to 512"),
         (dict(sequence_length=0), "sequence_length is 0"),
         (dict(batch_size=0), "batch_size is 0"),
-        (dict(counted_tokens=16), "counted_tokens is 16; of a sequence of 16 tokens 0 to 15 can count"),
+        (dict(counted_tokens=16), "counted_tokens is 16; it must be a whole number from 0 to 15"),
         (dict(counted_tokens=-1), "counted_tokens is -1"),
         (dict(batch_size=3, accumulation_steps=2), "accumulation_steps"),
         (dict(method="lora", r=0), "r is 0"),

@@ -35,7 +35,8 @@ import torch
 from torch import Tensor
 
 from minilora.adapters.adapter import Adapter
-from minilora.config import LoRAConfig, check_rank
+from minilora.config import LoRAConfig
+from minilora.ranges import RANK
 
 Factors = tuple[Tensor, Tensor]  # B (out, r) and A (r, in), float64, scale and weight inside B
 Truncated = tuple[Adapter, dict[str, float]]  # an adapter, and by layer the share of ΔW that its rank misses
@@ -56,7 +57,7 @@ def truncate(adapters: Sequence[Adapter], weights: Sequence[float], r: int) -> T
     R x R. Where the sum has a smaller rank than r, so has the layer's adapter, and the error is zero. Raises what
     `concatenate` raises, and ValueError for an r below 1.
     """
-    check_rank("r", r)
+    RANK.check("r", r)
     factors, errors = {}, {}
     for name, parts in _weighted(adapters, weights).items():
         B, A = _stacked(parts)
@@ -104,7 +105,7 @@ def dare(adapters: Sequence[Adapter], weights: Sequence[float], density: float, 
 
 def _by_entries(adapters, weights, density: float, r: int, merge: Callable[[Tensor], Tensor]) -> Truncated:
     """`merge` on the weighted deltas (n, out, in) of each layer, then rank r. Only one layer's are held at a time."""
-    check_rank("r", r)
+    RANK.check("r", r)
     if not 0 < density <= 1:
         raise ValueError(f"density is {density!r}; it must be a share of the entries above 0 and at most 1")
     factors, errors = {}, {}

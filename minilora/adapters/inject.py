@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from minilora.adapters.dora import DoRALinear
 from minilora.adapters.patterns import compile_pattern
 from minilora.adapters.starts import check_start, eva_directions, loftq, start_layer
-from minilora.config import LoRAConfig, check_rank
+from minilora.config import LoRAConfig
 from minilora.fast import FastLoRALinear
 from minilora.linear4bit import Linear4bit, float_linears, quantized_layers, replace_module
 from minilora.lora import LoRALinear
 from minilora.quant import QLORA, Quantization, check_finite, quantize
+from minilora.ranges import RANK
 
 
 def linear_layers(model: nn.Module) -> dict[str, Any]:
@@ -113,13 +114,17 @@ def apply_lora(model: nn.Module, config: LoRAConfig, batches: Tensor | Iterable[
 
     batches: token ids (N, T), or several such tensors, from whose activations the start "eva" is computed. Raises
     ValueError, before anything is changed, for a model that already has adapters, a target that matches nothing, a key
-    of rank_pattern or alpha_pattern that matches none of the targets, and a start that the layers or the data cannot
-    give. Warns where r exceeds what the layer can use.
+    of rank_pattern or alpha_pattern that matches none of the targets, a start that the layers or the data cannot give,
+    and an r above in + out of every layer. Warns where r exceeds what the layer can use.
     """
     targets, start = check_targets(model, config), config.init_lora_weights
     layers = {name: layer for name, layer in linear_layers(model).items() if name in targets}
     ranks = {name: layer_rank(config, name) for name in targets}
+    most = max(layer.in_features + layer.out_features for layer in layers.values())
     for name, layer in layers.items():
+        if ranks[name] > most:  # (in + out)² ≥ 4·in·out
+            fault = f"r={ranks[name]} of {name} is above {most}, the most that in + out is in these layers"
+            raise ValueError(f"{fault}; the adapter would hold four times as many numbers as the layer, or more")
         check_start(start, name, layer, ranks[name])
     directions: dict[str, Tensor] = {}
     if start == "eva":
@@ -145,7 +150,7 @@ def apply_loftq(model: nn.Module, config: LoRAConfig, quantization: Quantization
     Raises ValueError, before anything is changed, for what apply_lora and quantize_model refuse, rounds below 1, an r
     above a layer's full rank, another start in the config, and DoRA, whose magnitude would start from Q alone.
     """
-    check_rank("rounds", rounds)
+    RANK.check("rounds", rounds)
     if config.init_lora_weights is not True or config.use_dora:
         found = "use_dora" if config.use_dora else f"init_lora_weights {config.init_lora_weights!r}"
         raise ValueError(f"LoftQ is a start of its own and does not go together with {found}")

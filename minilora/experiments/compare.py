@@ -28,6 +28,7 @@ from minilora.inference.generate import generate
 from minilora.linear4bit import float_linears, quantized_layers
 from minilora.memory import KINDS, MemoryMeter, format_bytes
 from minilora.model import GPT
+from minilora.ranges import SEED
 from minilora.rows import batch_of
 from minilora.storage.files import make_folder, replacing, write_json
 from minilora.storage.folders import check_apart
@@ -44,8 +45,14 @@ def compare(experiments: list[Experiment], seeds: list[int], out: Path, progress
     """Runs every experiment with every seed; writes figures, artifacts and results.json to `out`; returns the results.
 
     experiments: one for each method, of the same base and data; their own seed is not used. One run writes `out` at a
-    time: ValueError where another does, and where `out` is the base.
+    time. Raises ValueError where another does, where `out` is the base, for no experiment or no seed, for a method or a
+    seed that comes twice, and for a seed out of range.
     """
+    for what, named in (("method", [experiment.method for experiment in experiments]), ("seed", seeds)):
+        if not named or len(set(named)) < len(named):
+            raise ValueError(f"each {what} is compared once, and there must be one; these are {list(named)}")
+    for seed in seeds:  # the last one is not to be refused when the others have run
+        SEED.check("seed", seed)
     check_apart(out, base=experiments[0].base.directory)
     make_folder(out)
     with locked(out, patience=0):

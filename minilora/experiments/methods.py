@@ -20,6 +20,7 @@ from minilora.dtypes import HALF_PRECISION, dtype_name
 from minilora.linear4bit import quantize_model, quantized_layers
 from minilora.model import GPT
 from minilora.quant import QLORA, Quantization
+from minilora.ranges import LORAPLUS_RATIO, VIRTUAL_TOKENS
 from minilora.storage.folders import companions_of
 from minilora.storage.models import load_model
 from minilora.text.datasets import Dataset
@@ -71,8 +72,8 @@ class BaseFolder:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that decides one run. Raises ValueError for an unknown method, and for one that trains weights in half
-    precision."""
+    """Everything that decides one run. Raises ValueError for an unknown method, for one that trains weights in half
+    precision, and for virtual tokens or a ratio out of range."""
 
     base: BaseFolder
     dataset: Dataset
@@ -86,6 +87,8 @@ class Experiment:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}; known: {', '.join(METHODS)}")
+        VIRTUAL_TOKENS.check("virtual_tokens", self.virtual_tokens)
+        LORAPLUS_RATIO.check("loraplus_ratio", self.loraplus_ratio)
         if self.method == "full" and self.base.dtype in HALF_PRECISION:
             fault = f"method full cannot train weights in {dtype_name(self.base.dtype)}: a step far below the weight"
             raise ValueError(f"{fault} rounds away; use float32 weights, which precision bfloat16 makes fast as well")

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from minilora.inference.evaluate import evaluate_world
 from minilora.model import GPT, GPTConfig
+from minilora.ranges import PRETRAINING_STEPS
 from minilora.storage.files import make_folder, write_json
 from minilora.storage.locks import locked
 from minilora.storage.models import save_model
@@ -33,6 +34,7 @@ ENGLISH_SHARE = 0.14  # of all tokens
 
 
 def pretraining_config(steps: int, seed: int) -> TrainConfig:
+    PRETRAINING_STEPS.check("steps", steps)
     # Eight rows are few, but for a model so small more steps teach more than better gradients do.
     config = TrainConfig(steps, batch_size=8, learning_rate=3e-3, warmup_steps=min(200, steps // 10), seed=seed)
     config = replace(config, final_learning_rate=0.01, weight_decay=0.1, precision="bfloat16")
@@ -75,14 +77,18 @@ def pretraining_rows(tokenizer: AnyTokenizer, tokens: int, seed: int) -> Batches
 
 
 def pretrain(out: Path, steps: int, seed: int = 0, device: str = "cpu", resume: bool = False, progress: bool = True):
-    """Writes a base model, its tokenizer and `record.json` to the folder `out`. Returns the record."""
+    """Writes a base model, its tokenizer and `record.json` to the folder `out`. Returns the record.
+
+    Raises ValueError, before anything is written, for steps or a seed out of range, and where another run writes `out`.
+    """
+    config = pretraining_config(steps, seed)
     make_folder(out)
     with locked(out, patience=0):
-        return _pretrain(out, steps, seed, device, resume, progress)
+        return _pretrain(out, config, device, resume, progress)
 
 
-def _pretrain(out: Path, steps: int, seed: int, device: str, resume: bool, progress: bool) -> dict:
-    config = pretraining_config(steps, seed)
+def _pretrain(out: Path, config: TrainConfig, device: str, resume: bool, progress: bool) -> dict:
+    steps, seed = config.steps, config.seed
     tokenizer = make_tokenizer(out / "tokenizer.model")
     data = pretraining_rows(tokenizer, steps * config.batch_size * ROW, seed)
     documents = World().documents(300, seed="pretrain validation")

@@ -35,6 +35,7 @@ from minilora.linear4bit import Linear4bit, float_linears, quantized_layers, rep
 from minilora.memory import KINDS, Bytes, MemoryMeter, format_bytes
 from minilora.model import GPT, GPTConfig
 from minilora.quant import QLORA, SCALE_BLOCK, Quantization
+from minilora.ranges import whole
 from minilora.train import make_optimizer, set_gradient_checkpointing, training_step
 from minilora.train_settings import TrainConfig
 
@@ -114,13 +115,9 @@ def simulate(
     for what, value, known in (("method", method, SIMULATED_METHODS), ("dtype", dtype, SIMULATED_DTYPES)):
         if value not in known:
             raise ValueError(f"unknown {what} {value!r}; known: {', '.join(known)}")
-    limit = config.max_position_embeddings
-    if not 1 <= sequence_length <= limit:
-        raise ValueError(f"sequence_length is {sequence_length}; this model takes 1 to {limit} tokens")
-    counted = sequence_length - 1 if counted_tokens is None else counted_tokens
-    if not 0 <= counted < sequence_length:
-        few = f"of a sequence of {sequence_length} tokens 0 to {sequence_length - 1} can count, all but the first"
-        raise ValueError(f"counted_tokens is {counted}; {few}")
+    whole(1, config.max_position_embeddings).check("sequence_length", sequence_length)
+    counted = sequence_length - 1 if counted_tokens is None else counted_tokens  # the first is predicted by nothing
+    whole(0, sequence_length - 1).check("counted_tokens", counted)
     lora_config = LoRAConfig(r, lora_alpha, lora_dropout, target_modules)
     precision = "bfloat16" if autocast else "float32"
     train_config = TrainConfig(1, batch_size, 1e-4, accumulation_steps=accumulation_steps, precision=precision)

@@ -9,17 +9,22 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from minilora.ranges import ROUNDS
+
 Actions = dict[str, Callable]  # by name, what is timed
 
 
 @dataclass
 class Timing:
-    """How a measurement is taken, whatever is measured."""
+    """How a measurement is taken, whatever is measured. Raises ValueError for rounds out of range."""
 
     rounds: int = 5
     threads: int = 2
     seed: int = 0
     progress: bool = True
+
+    def __post_init__(self):
+        ROUNDS.check("rounds", self.rounds)
 
 
 def ratios_in_turn(

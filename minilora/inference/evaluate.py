@@ -8,6 +8,7 @@ from tqdm import tqdm
 from minilora.adapters.prompts import Prompt
 from minilora.inference.generate import generate
 from minilora.model import GPT
+from minilora.ranges import COUNT
 from minilora.text.batches import pack
 from minilora.text.chat import ChatPrompt, encode_prompt
 from minilora.text.tasks import Example, Task
@@ -84,8 +85,9 @@ def evaluate_world(model: GPT | Prompt, tokenizer: AnyTokenizer, count: int = 20
     """Scores on `count` questions of each kind, and the loss on `count` documents that training never saw.
 
     Notes are about held-out people. Residents are those of training: facts known by heart cannot be held out. The
-    documents are fresh ones from the distribution that training drew from.
+    documents are fresh ones from the distribution that training drew from. Raises ValueError for a count out of range.
     """
+    COUNT.check("count", count)
     held_out, known = World("validation"), World("train")
     kinds = {
         "answers from notes, one person": lambda dice: held_out.notes(dice, people=1, questions=1),

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from minilora.adapters.prompts import Prompt
 from minilora.model import GPT, KVCache
+from minilora.ranges import NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, TORCH_SEED
 
 
 def generate(
@@ -78,6 +79,7 @@ def stream(
     once and not at the first token.
     """
     check_prompts(model, [prompt], max_new_tokens, temperature, top_k, top_p)
+    TORCH_SEED.check("seed", seed)
     rows = _new_tokens(model, [prompt], max_new_tokens, temperature, top_k, top_p, seed, eos_id, vocab_size)
     return (token for _, token in rows)
 
@@ -132,6 +134,7 @@ def left_pad(prompts: list[list[int]], device) -> tuple[Tensor, Tensor | None]:
 
 def row_generators(rows: int, seed: int) -> list[torch.Generator]:
     """One generator for each row, on the CPU, so that a seed means the same draws on every device."""
+    TORCH_SEED.check("seed", seed)
     seeds = torch.randint(2**62, (rows,), generator=torch.Generator().manual_seed(seed))
     return [torch.Generator().manual_seed(row_seed) for row_seed in seeds.tolist()]
 
@@ -142,7 +145,8 @@ def choose_tokens(logits: Tensor, temperature: float, top_k, top_p, generators: 
         raise ValueError("the model's logits hold NaN or infinity, so no token can be chosen; its weights are broken")
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits, order = (logits.double().cpu() / temperature).sort(dim=-1, descending=True, stable=True)  # likeliest first
+    logits, order = logits.double().cpu().sort(dim=-1, descending=True, stable=True)  # likeliest first
+    logits = (logits - logits[:, :1]) / temperature  # 0 and below: even the smallest temperature makes no infinity - ∞
     if top_k is not None:
         logits[:, top_k:] = -math.inf
     probabilities = logits.softmax(dim=-1)
@@ -156,14 +160,12 @@ def choose_tokens(logits: Tensor, temperature: float, top_k, top_p, generators: 
 def check_prompts(model: GPT | Prompt, prompts, max_new_tokens, temperature, top_k, top_p, first: int = 0):
     """Raises ValueError as `generate` does; the prompts are counted from `first`."""
     vocabulary, limit = model.config.vocab_size, model.config.max_position_embeddings
-    if type(max_new_tokens) is not int or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens!r}; a whole number of at least 1 is needed")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; it must be 0 (always the likeliest token) or above")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; at least 1 token must be kept")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
+    NEW_TOKENS.check("max_new_tokens", max_new_tokens)
+    TEMPERATURE.check("temperature", temperature)
+    if top_k is not None:
+        TOP_K.check("top_k", top_k)
+    if top_p is not None:
+        TOP_P.check("top_p", top_p)
     for number, prompt in enumerate(prompts, first):
         if not prompt:
             raise ValueError(f"prompt {number} is empty; it needs at least one token, such as the begin token")

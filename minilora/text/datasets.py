@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minilora.ranges import COUNT, ROW
 from minilora.text.batches import Batches, cut, examples
 from minilora.text.chat import ChatPrompt
 from minilora.text.english import python_code
@@ -47,8 +48,8 @@ def load_dataset(
     rows that are held out, to validate on and to score. Raises ValueError for a name that is none of these, and for a
     file that is empty, too short, or not UTF-8 text.
     """
-    if count < 1:
-        raise ValueError(f"count is {count}; at least 1 example must be held out")
+    COUNT.check("count", count)
+    ROW.check("sequence_length", sequence_length)
     if name in TASKS:
         task = load_task(name, validation_size=count, seed=seed)
         train, validation = (
