@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from minilora.experiments import run as run_file
 from minilora.experiments import tune as tune_file
 from minilora.experiments.methods import METHODS
 from minilora.experiments.run import Run
@@ -16,10 +17,11 @@ GRID = [3e-3, 1e-2, 3e-2]
 
 
 @pytest.fixture
-def rates(monkeypatch, tmp_path):
-    """A file of rates of our own, in which another method was tuned before."""
+def rates(monkeypatch, tmp_path, base_folder):
+    """A file of rates of our own, in which another method was tuned before. The base of the tests counts as shipped."""
     path = tmp_path / "rates.json"
     path.write_text(json.dumps({"words": {"full": {"chosen": 0.5}}, "json": {"lora": {"chosen": 0.25}}}))
+    monkeypatch.setattr(run_file, "BASE", base_folder.directory)
     monkeypatch.setattr(tune_file, "LEARNING_RATES", path)
     return path
 
@@ -110,12 +112,29 @@ def test_what_is_stored_says_how_it_was_found(make_experiment, runs, rates):
     assert tried == [*(("lora", rate) for rate in GRID), *(("prefix", rate) for rate in grid_of("prefix"))], tried
 
 
-def test_a_wide_base_has_lower_grids_and_a_place_of_its_own(make_experiment, runs, rates, monkeypatch):
-    monkeypatch.setattr(tune_file, "is_wide", lambda base: True)
+@pytest.mark.parametrize("wide", [False, True])
+def test_another_base_has_a_place_of_its_own(make_experiment, runs, rates, monkeypatch, tmp_path, wide):
+    """Its choices must not become those of the shipped one, whatever its width."""
+    monkeypatch.setattr(tune_file, "is_wide", lambda base: wide)
+    monkeypatch.setattr(run_file, "BASE", tmp_path)
     experiment = make_experiment("lora")
     tune([experiment], progress=False)
     stored = json.loads(rates.read_text())
     assert set(stored) == {"words", "json", f"{experiment.base.name}/words"}, f"stored under {list(stored)}"
+    assert stored["words"] == {"full": {"chosen": 0.5}}, f"the shipped base's were changed: {stored['words']}"
+
+
+@pytest.mark.parametrize("rates_file", ["{", "[]", '{"words": 3}', '{"words": {"lora": {"chosen": "fast"}}}'])
+def test_a_damaged_file_of_rates_is_named_before_anything_runs(make_experiment, runs, rates, rates_file):
+    rates.write_text(rates_file)
+    with pytest.raises(ValueError, match="rates.json"):
+        tune([make_experiment()], progress=False)
+    assert not runs and rates.read_text() == rates_file, f"ran {runs}"
+
+
+def test_a_wide_base_has_lower_grids(make_experiment, runs, rates, monkeypatch):
+    monkeypatch.setattr(tune_file, "is_wide", lambda base: True)
+    tune([make_experiment("lora")], progress=False)
     assert [rate for _, rate, _ in runs][:3] == [1e-3, 3e-3, 1e-2], f"tried {runs}"
     for method in METHODS:
         assert max(grid_of(method, wide=True)) < max(grid_of(method)), f"{method}: a wide base wants smaller steps"
@@ -151,13 +170,13 @@ def test_the_first_choice_makes_the_file(make_experiment, runs, rates):
 
 def test_what_another_search_stores_meanwhile_is_kept(rates, runs, make_experiment, monkeypatch):
     """Rates are read and written under one lock, which another search waits for."""
-    read = tune_file.read_json
+    read = tune_file.read_rates
 
     def read_slowly(path):
         lock = rates.with_name(".rates.json.lock")
         assert lock.is_file(), "between reading and writing another search may store a rate, which would be lost"
         return read(path)
 
-    monkeypatch.setattr(tune_file, "read_json", read_slowly)
+    monkeypatch.setattr(tune_file, "read_rates", read_slowly)
     tune([make_experiment("lora")], progress=False)
     assert json.loads(rates.read_text()).keys() == {"words", "json"}

@@ -14,6 +14,7 @@ from minilora.adapters.prompts import Prompt
 from minilora.experiments.methods import BaseFolder, Experiment, finish, prepare, training_options
 from minilora.inference.evaluate import score_task
 from minilora.model import GPT
+from minilora.ranges import LEARNING_RATE, STEPS, whole
 from minilora.storage.adapters import save_adapter
 from minilora.storage.config import MODEL_CONFIG, load_config
 from minilora.storage.files import make_folder, read_json
@@ -33,6 +34,7 @@ DATA = Path(__file__).parents[2] / "data"
 BASE = DATA / "base"
 LEARNING_RATES = DATA / "learning_rates.json"
 WIDE = 384  # hidden_size; the shipped base has 192, SmolLM2 576
+EVALUATIONS = whole(1, 1000)  # of a run
 
 
 def open_base(base: str | Path, device: str = "cpu") -> BaseFolder:
@@ -47,31 +49,72 @@ def open_base(base: str | Path, device: str = "cpu") -> BaseFolder:
 def schedule(
     steps: int, learning_rate: float, batch_size: int = 16, seed: int = 0, evaluations: int = 10, **more
 ) -> TrainConfig:
-    """The TrainConfig that every method gets: a twentieth of the run to warm up. more: its other fields."""
+    """The TrainConfig that every method gets: a twentieth of the run to warm up. more: its other fields.
+
+    Raises ValueError, naming the field, for a value out of range.
+    """
+    STEPS.check("steps", steps)
+    EVALUATIONS.check("evaluations", evaluations)
     warmup_steps, eval_every = min(steps - 1, max(1, steps // 20)), max(1, steps // evaluations)
     return TrainConfig(steps, batch_size, learning_rate, warmup_steps, eval_every=eval_every, seed=seed, **more)
 
 
 def tuned_learning_rate(data: str, method: str, base: BaseFolder | None = None) -> float:
-    """The choice from the grid in data/learning_rates.json; base None is the shipped one.
+    """The choice from the grid in data/learning_rates.json that `find_rate` finds; base None is the shipped one."""
+    return find_rate(data, method, base)[0]
 
-    Where nothing was tuned for this data, the choice for `json` or else `dialect`; for a text, `python-code` first. A
-    rate depends on a model's width: from WIDE on, a base borrows from SmolLM2 and not from the narrow one that we ship,
-    and there QLoRA, which is LoRA on a rounded base, takes LoRA's rate until it has one of its own.
+
+def find_rate(data: str, method: str, base: BaseFolder | None = None) -> tuple[float, str, str]:
+    """A tuned learning rate, the key of data/learning_rates.json that it stands under, and the method it was tuned for.
+
+    Where nothing was tuned for this base and data, the shipped base's choice for `json` or else `dialect`; for a text,
+    `python-code` first. A rate depends on a model's width: from WIDE on, a base borrows from SmolLM2 and not from the
+    narrow one that we ship, and there QLoRA, which is LoRA on a rounded base, takes LoRA's rate until it has one of its
+    own. Raises ValueError where there is none, and for a file that holds something else.
     """
-    tuned = read_json(LEARNING_RATES)
+    tuned = read_rates(LEARNING_RATES)
     is_text, wide = data not in TASKS and not data.endswith(".jsonl"), base is not None and is_wide(base)
-    names = [data, *([PYTHON_CODE] if is_text else []), "json", "dialect"]
     if base and wide:
         names = [
             f"{owner}/{name}" for owner in (base.name, "smollm2") for name in (data, "orders.jsonl", "pirate.jsonl")
         ]
+    else:
+        names = [rates_key(data, base), data, *([PYTHON_CODE] if is_text else []), "json", "dialect"]
     for name in names:
         if method in tuned.get(name, {}):
-            return tuned[name][method]["chosen"]
+            return tuned[name][method]["chosen"], name, method
     if method == "qlora" and wide:
-        return tuned_learning_rate(data, "lora", base)
+        return find_rate(data, "lora", base)
     raise ValueError(f"no learning rate was tuned for method {method!r}; give one with --learning-rate")
+
+
+def rates_key(data: str, base: BaseFolder | None = None) -> str:
+    """Where the rates of a base and data stand in data/learning_rates.json: those of the shipped base under the data
+    alone."""
+    if base is None or base.directory.resolve() == BASE.resolve():
+        return data
+    return f"{base.name}/{data}"
+
+
+def borrowed_rate(data: str, method: str, base: BaseFolder) -> str:
+    """A sentence that says where a tuned rate comes from; "" if it was tuned for the method on this base and data."""
+    rate, key, owner = find_rate(data, method, base)
+    if (key, owner) == (rates_key(data, base), method):
+        return ""
+    here, there = rates_key(data, base), f"{key} of the shipped base" if "/" not in key else key
+    what = f"tuned on {there}" if owner == method else f"tuned for {owner} on {there}"
+    return f"learning rate {rate:g} for {method}: {what}, not on {here}; --learning-rate or --tune changes it"
+
+
+def read_rates(path: Path) -> dict:
+    """By base and data, and then by method, what `tune` chose. ValueError for a file that holds anything else."""
+    tuned = read_json(path)
+    for name, methods in tuned.items():
+        for method, choice in methods.items() if isinstance(methods, dict) else [("", None)]:
+            if not isinstance(choice, dict) or not LEARNING_RATE.holds(choice.get("chosen")):
+                fault = f"{path} names no learning rate under {name!r}, {method!r}"
+                raise ValueError(f'{fault}; what `compare --tune` writes there has "chosen", {LEARNING_RATE}')
+    return tuned
 
 
 def is_wide(base: BaseFolder) -> bool:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from minilora.experiments.methods import Experiment
-from minilora.experiments.run import LEARNING_RATES, is_wide, run
-from minilora.storage.files import read_json, write_json
+from minilora.experiments.run import LEARNING_RATES, is_wide, rates_key, read_rates, run
+from minilora.storage.files import write_json
 from minilora.storage.locks import locked
 from minilora.train_settings import NonFiniteError
 
@@ -27,10 +27,12 @@ def grid_of(method: str, wide: bool = False) -> list[float]:
 def tune(experiments: list[Experiment], progress: bool = True) -> dict:
     """Tries each experiment with its method's grid of learning rates, and with TUNING_SEED in place of its own seed.
 
-    Stores the choices for the experiments' data in LEARNING_RATES and returns them by method. Raises ValueError if a
-    method diverges at every rate.
+    Stores the choices for the experiments' base and data in LEARNING_RATES and returns them by method. Raises
+    ValueError if a method diverges at every rate, and for a file of rates that holds something else.
     """
     chosen = {}
+    if LEARNING_RATES.exists():
+        read_rates(LEARNING_RATES)  # a fault in it is better said before the runs
     for experiment in experiments:
 
         def loss_at(rate: float, experiment=experiment) -> float | None:
@@ -40,9 +42,8 @@ def tune(experiments: list[Experiment], progress: bool = True) -> dict:
             except NonFiniteError:  # diverged: out of the question
                 return None
 
-        method, data = experiment.method, experiment.dataset.name
-        wide = is_wide(experiment.base)
-        losses = search(loss_at, grid_of(method, wide))
+        method, key = experiment.method, rates_key(experiment.dataset.name, experiment.base)
+        losses = search(loss_at, grid_of(method, is_wide(experiment.base)))
         finite = {rate: loss for rate, loss in losses.items() if loss is not None}
         if not finite:
             raise ValueError(f"{method} diverged at every rate of its grid, {', '.join(map(str, losses))}")
@@ -54,9 +55,8 @@ def tune(experiments: list[Experiment], progress: bool = True) -> dict:
             "seed": TUNING_SEED,
             **experiment.method_settings,
         }
-        key = f"{experiment.base.name}/{data}" if wide else data
         with locked(LEARNING_RATES):  # another search may store its own between reading and writing
-            choices = read_json(LEARNING_RATES) if LEARNING_RATES.exists() else {}
+            choices = read_rates(LEARNING_RATES) if LEARNING_RATES.exists() else {}
             choices[key] = choices.get(key, {}) | {method: chosen[method]}
             write_json(LEARNING_RATES, choices)
     return chosen
