@@ -10,11 +10,15 @@ Start reading at `lora.py` (the layer), `model.py` (the transformer), `train.py`
 import os
 import sys
 
+from minilora.command import interrupt_quietly
+
 # `python -m minilora`: a thread waiting for work spins for a moment, then sleeps. By default OpenMP threads spin on,
 # which costs up to ten times where other programs run beside them; threads that sleep at once make the thin operations
 # of a small model a third slower. GNU's OpenMP (Linux) reads the variable once, when torch is imported, below.
 if sys.argv[0] == "-m" and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if sys.argv[0] == "-m":
+    interrupt_quietly()  # torch takes seconds to load
 
 from minilora.adapters.inject import (
     adapter_parameters,

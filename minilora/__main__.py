@@ -13,25 +13,26 @@ from typing import Any
 
 import torch
 
-from minilora.command import run_command
+from minilora.command import HelpFormatter, Parser, run_command, unescape
 from minilora.config import LoRAConfig
 from minilora.dtypes import DTYPES, dtype_name
 from minilora.experiments import bench as benchmarks
 from minilora.experiments import bench_model
 from minilora.experiments.compare import compare as compare_methods
 from minilora.experiments.merge import merge_adapter
-from minilora.experiments.methods import METHODS, BaseFolder, Experiment
+from minilora.experiments.methods import BaseFolder, Experiment
 from minilora.experiments.pretrain import pretrain as pretrain_base
+from minilora.experiments.run import borrowed_rate, open_base, schedule, tuned_learning_rate
 from minilora.experiments.run import finetune as finetune_method
-from minilora.experiments.run import open_base, schedule, tuned_learning_rate
 from minilora.experiments.simulate import SIMULATED_DTYPES, SIMULATED_METHODS, simulate
 from minilora.experiments.tune import grid_of, tune
 from minilora.inference.chat import Conversation, open_shelf, talk, typed_lines, write
 from minilora.inference.evaluate import evaluate_world, score_task
 from minilora.inference.generate import stream
 from minilora.model import GPT
-from minilora.options import CONVERSE, OPTIONS
+from minilora.options import CONVERSE, EXCLUSIVE, OPTIONS, number
 from minilora.quant import Quantization
+from minilora.ranges import COUNT, PRETRAINING_STEPS, SEQUENCE
 from minilora.storage.adapters import load_adapter
 from minilora.storage.config import MODEL_CONFIG, load_config
 from minilora.storage.files import make_folder
@@ -49,6 +50,7 @@ from minilora.text.tasks import load_task
 
 # Fields of TrainConfig, by name.
 LOOP_OPTIONS = ("accumulation_steps", "gradient_checkpointing", "group_by_length", "precision", "save_every")
+TASK = "json"  # where neither task nor data is named
 RUN_OPTIONS = ("steps", "batch_size", *LOOP_OPTIONS)
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")  # of `stream` and `Conversation`, by name
 
@@ -84,9 +86,10 @@ def base_of(options, methods: Sequence[str] = ()) -> BaseFolder:
 
 
 def experiments_of(options, methods: list[str]) -> list[Experiment]:
-    """One for each method, all of the same base and data; a rate that is not given is the method's tuned one."""
+    """One for each method, all of the same base and data; a rate that is not given is the method's tuned one, and where
+    it was tuned on something else, a line says so."""
     base = base_of(options, methods)
-    data = data_named(options.data) if options.data else options.task
+    data = (options.task or TASK) if options.data is None else data_named(options.data)
     dataset = load_dataset(data, base.tokenizer, options.sequence_length, count=options.count)
     if dataset.notes:
         print(dataset.notes)
@@ -97,12 +100,13 @@ def experiments_of(options, methods: list[str]) -> list[Experiment]:
     experiments = []
     details = lora, quantization_of(options), options.virtual_tokens, options.loraplus_ratio
     for method in methods:
-        if method not in METHODS:
-            raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
         rate = options.learning_rate
-        if rate is None:
-            tuning = getattr(options, "tune", False)
-            rate = grid_of(method)[0] if tuning else tuned_learning_rate(dataset.name, method, base)
+        if rate is None and getattr(options, "tune", False):
+            rate = grid_of(method)[0]
+        elif rate is None:
+            rate = tuned_learning_rate(dataset.name, method, base)
+            if borrowed := borrowed_rate(dataset.name, method, base):
+                print(borrowed)
         training = schedule(learning_rate=rate, seed=options.seed, **plan)
         experiments.append(Experiment(base, dataset, method, training, *details))
     return experiments
@@ -110,7 +114,7 @@ def experiments_of(options, methods: list[str]) -> list[Experiment]:
 
 def compare(options):
     """Several methods (full,lora,qlora) from the same base on the same data: a table, figures and results.json."""
-    experiments = experiments_of(options, options.methods.split(","))
+    experiments = experiments_of(options, options.methods)
     if options.tune:
         for method, choice in tune(experiments).items():
             print(method, choice)
@@ -138,6 +142,7 @@ def generate(options):
         raise ValueError("generate goes on from a prompt, answers --chat QUESTION, or converses with --chat alone")
     base, folders = base_of(options), options.adapter or []
     tokenizer, sampling = base.tokenizer, {name: getattr(options, name) for name in SAMPLING}
+    read = unescape if options.escapes else str
     if options.max_new_tokens is None:
         del sampling["max_new_tokens"]
     if options.chat is CONVERSE:
@@ -147,16 +152,17 @@ def generate(options):
         raise ValueError(f"{len(folders)} adapters are given; only a conversation, --chat alone, switches between them")
     model = load_with_adapter(base, options, *folders)
     if options.chat is not None:
-        return write(Conversation(model, tokenizer, **sampling).answer(options.chat))
-    prompt = encode_prompt(tokenizer, options.prompt.replace("\\n", "\n"))
+        return write(Conversation(model, tokenizer, **sampling).answer(read(options.chat)))
+    prompt = encode_prompt(tokenizer, read(options.prompt))
     ids = stream(model, prompt, eos_id=tokenizer.end_ids, vocab_size=tokenizer.vocab_size, **sampling)
     write(stream_text(tokenizer, chain(prompt[len(tokenizer.prefix) :], ids)))
 
 
 def memory(options):
     """The bytes of a fine-tune at any size, from the real training step on fake tensors."""
-    print(f"simulating one training step of {options.base or options.model} ...", file=sys.stderr)
-    config = load_config(find_base(options.base)) if options.base else options.model
+    name = options.model if options.base is None else options.base
+    print(f"simulating one training step of {name} ...", file=sys.stderr)
+    config = options.model if options.base is None else load_config(find_base(options.base))
     sizes = options.method, options.batch_size, options.sequence_length, options.dtype, options.autocast
     more = dict(r=options.rank, target_modules=targets_of(options.targets), quantization=quantization_of(options))
     for name in ("gradient_checkpointing", "accumulation_steps", "counted_tokens"):
@@ -181,10 +187,8 @@ def merge(options):
 def evaluate(options):
     """A base, with or without an adapter, against the world's scorers and the entropy floor."""
     base = base_of(options)
-    if options.count < 1:
-        raise ValueError(f"count is {options.count}; at least 1 question must be asked")
     model = load_with_adapter(base, options, options.adapter)
-    if options.task:
+    if options.task is not None:
         scored = score_task(model, base.tokenizer, load_task(options.task, validation_size=options.count))
         print(f"{options.task}: score {scored.score:.3f}")
     else:
@@ -194,7 +198,8 @@ def evaluate(options):
 def bench(options):
     """The speed ratios we claim, each beside its bar; with --base those of a real model, and its bytes and 4 bits."""
     chosen = dict(seed=options.seed) | (dict(rounds=options.rounds) if options.rounds is not None else {})
-    print(bench_model.report(find_base(options.base), **chosen) if options.base else benchmarks.report(**chosen))
+    real = options.base is not None
+    print(bench_model.report(find_base(options.base), **chosen) if real else benchmarks.report(**chosen))
 
 
 def get(options):
@@ -230,6 +235,7 @@ STEPS = ("--steps", "--batch-size", "--learning-rate")
 TRAINING = (*DATA, *STEPS, "--dtype", *LORA, "--alpha", "--dropout", "--virtual-tokens", "--loraplus-ratio")
 LOOP = ("--accumulation-steps", "--gradient-checkpointing", "--group-by-length", "--precision")
 ONE_RUN = ("--method", "--resume", "--overwrite", "--save-every", *LOOP)
+TOKENS = ("--max-new-tokens", "--temperature", "--top-k", "--top-p")
 SHAPE = ("--model", "--base", "--method", "--batch-size", "--sequence-length", "--counted-tokens")
 WAYS = ("--dtype", "--autocast", "--gradient-checkpointing", "--accumulation-steps")
 # By verb, its options; all have --seed and --device.
@@ -237,7 +243,7 @@ VERBS = {
     compare: (*TRAINING, "--methods", "--seeds", "--tune"),
     finetune: (*TRAINING, *ONE_RUN),
     pretrain: ("--out", "--steps", "--resume"),
-    generate: ("prompt", "--chat", *ADAPTER, "--dtype", "--max-new-tokens", "--temperature", "--top-k", "--top-p"),
+    generate: ("prompt", "--chat", *ADAPTER, "--dtype", "--escapes", *TOKENS),
     memory: (*SHAPE, *LORA, *WAYS),
     merge: (*ADAPTER, "--dtype", "--out", "--overwrite"),
     evaluate: (*ADAPTER, "--dtype", "--task", "--count"),
@@ -247,12 +253,18 @@ VERBS = {
 }
 # By verb, the options that differ from the table above.
 CHANGES: dict[Callable, dict[str, dict[str, Any]]] = {
-    compare: {"--task": dict(default="json"), "--out": dict(default=Path("runs/compare"))},
-    finetune: {"--task": dict(default="json"), "--out": dict(default=Path("runs/finetune"))},
-    pretrain: {"--steps": dict(default=9000), "--out": dict(default=Path("runs/base"))},
-    convert: {"--out": dict(required=True, help="the folder to write")},
+    compare: {"--task": dict(help=f"of the tiny world ({TASK})"), "--out": dict(default=Path("runs/compare"))},
+    finetune: {"--task": dict(help=f"of the tiny world ({TASK})"), "--out": dict(default=Path("runs/finetune"))},
+    pretrain: {
+        "--steps": number(PRETRAINING_STEPS, "optimizer steps", default=9000),
+        "--out": dict(default=Path("runs/base")),
+    },
+    convert: {"--out": dict(required=True)},
     generate: {"--adapter": dict(action="append", help="an adapter folder; more than one for a conversation")},
-    evaluate: {"--count": dict(help="questions of each kind")},
+    evaluate: {
+        "--count": number(COUNT, "questions of each kind"),
+        "--task": dict(help="its questions instead of those of the world"),
+    },
     bench: {"--base": dict(default=None, help="a real model instead: a folder, a GGUF file, or a name that get knows")},
     merge: {
         "--adapter": dict(required=True),
@@ -265,21 +277,22 @@ CHANGES: dict[Callable, dict[str, dict[str, Any]]] = {
         "--method": dict(choices=SIMULATED_METHODS),
         "--targets": dict(default="q_proj,v_proj"),
         "--batch-size": dict(default=1),
-        "--sequence-length": dict(default=2048),
+        "--sequence-length": number(SEQUENCE, "tokens", default=2048),
     },
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m minilora", description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser(prog="python -m minilora", description=(__doc__ or "").split("\n\n")[0])
     verbs = parser.add_subparsers(dest="verb", metavar="verb")
     for function, names in VERBS.items():
         words: dict[str, Any] = dict(help=function.__doc__, description=function.__doc__)
-        words["formatter_class"] = argparse.ArgumentDefaultsHelpFormatter
-        verb = verbs.add_parser(function.__name__, **words)
+        verb = verbs.add_parser(function.__name__, formatter_class=HelpFormatter, **words)
         verb.set_defaults(run=function)
+        groups = {pair: verb.add_mutually_exclusive_group() for pair in EXCLUSIVE if set(pair) <= set(names)}
         for name in ("--seed", "--device", *names):
-            verb.add_argument(name, **{**OPTIONS[name], **CHANGES.get(function, {}).get(name, {})})
+            place = next((group for pair, group in groups.items() if name in pair), verb)
+            place.add_argument(name, **{**OPTIONS[name], **CHANGES.get(function, {}).get(name, {})})
     return parser
 
 

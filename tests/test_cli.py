@@ -223,7 +223,7 @@ def test_evaluate_prints_scores_and_floor(tiny, capsys, monkeypatch):
         patch.setattr(command_line, "score_task", score)
         assert main(["evaluate", "--base", str(tiny), "--task", "dialect", "--count", "300"]) == 0
         assert "score 300.000" in capsys.readouterr().out, "300 questions were asked for"
-    fails(capsys, ["evaluate", "--base", tiny, "--count", 0], "count is 0")
+    fails(capsys, ["evaluate", "--base", tiny, "--count", 0], "--count", "from 1 to 100,000")
     assert main(["evaluate", "--base", str(tiny), "--task", "dialect", "--count", "4"]) == 0
     assert "dialect: score" in capsys.readouterr().out
 
@@ -325,7 +325,8 @@ def test_base_that_is_not_there(tmp_path, capsys):
 def test_ranks_and_targets(tiny, text, tmp_path, capsys):
     common = ["finetune", "--base", tiny, "--data", text, "--sequence-length", 32, "--out", tmp_path / "out"]
     for rank in (0, -3):
-        fails(capsys, [*common, "--rank", rank], f"r is {rank}")
+        fails(capsys, [*common, "--rank", rank], f"'{rank}' is not a whole number from 1 to")
+    fails(capsys, [*common, "--rank", 81], "r=81", "above 80")  # 32 + 48, of the MLP
     fails(capsys, [*common, "--targets", "query"], "query", "q_proj")
     with pytest.warns(UserWarning, match="exceeds the full rank"):
         assert main([str(word) for word in [*common, "--rank", 40, "--steps", 1, "--batch-size", 1]]) == 0
@@ -349,14 +350,14 @@ def test_output_that_cannot_be_written(tiny, text, tmp_path, capsys):
 def test_settings_that_cannot_work(tiny, text, tmp_path, capsys):
     more = ["--base", tiny, "--data", text, "--sequence-length", 32, "--out", tmp_path / "out"]
     fails(capsys, ["compare", *more, "--methods", "full,magic"], "magic")
-    fails(capsys, ["compare", *more, "--methods", "qlora", "--block-size", 48], "block_size is 48", "16 to 4096")
+    fails(capsys, ["compare", *more, "--methods", "qlora", "--block-size", 48], "--block-size", "48", "16, 32")
     fails(capsys, ["finetune", *more, "--method", "qlora", "--scheme", "nf5"], "nf5", "nf4")
-    fails(capsys, ["compare", *more, "--steps", 0], "steps")
-    fails(capsys, ["compare", *more, "--batch-size", 0], "batch_size")
-    fails(capsys, ["finetune", *more, "--learning-rate", -1], "learning_rate")
-    fails(capsys, ["finetune", *more, "--dropout", 1.5], "lora_dropout")
+    fails(capsys, ["compare", *more, "--steps", 0], "--steps", "'0'")
+    fails(capsys, ["compare", *more, "--batch-size", 0], "--batch-size")
+    fails(capsys, ["finetune", *more, "--learning-rate", -1], "--learning-rate", "above 0")
+    fails(capsys, ["finetune", *more, "--dropout", 1.5], "--dropout", "below 1")
     fails(capsys, ["memory", "--model", "gpt-5"], "gpt-5")
-    fails(capsys, ["generate", "--base", tiny, "Hello", "--temperature", -1], "temperature")
+    fails(capsys, ["generate", "--base", tiny, "Hello", "--temperature", -1], "--temperature")
 
 
 def test_resume_without_a_state_and_from_another_configuration(tiny, text, tmp_path, capsys, monkeypatch):

@@ -11,7 +11,7 @@ import sys
 from itertools import zip_longest
 from pathlib import Path
 
-from minilora.command import run_command
+from minilora.command import Parser, Within, a_name, a_path, run_command
 from minilora.exercises import attempts
 from minilora.exercises.catalog import EXERCISES
 from minilora.exercises.checking import Exercise
@@ -19,6 +19,7 @@ from minilora.exercises.classroom import grade as grade_class
 from minilora.exercises.classroom import release as release_package
 from minilora.exercises.runner import LIMIT, Result, run
 from minilora.exercises.source import definition, is_released, read_module
+from minilora.ranges import SECONDS, SEED
 
 BAR = 20  # characters
 
@@ -182,15 +183,16 @@ def grade(options) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m minilora.exercises", description="Graded exercises.")
+    parser = Parser(prog="python -m minilora.exercises", description="Graded exercises.")
     verbs = parser.add_subparsers(required=True, metavar="verb")
+    limit = dict(type=Within(SECONDS), default=LIMIT, help=f"of computing for a property, in seconds ({LIMIT})")
 
     def verb(name, function, help, number=False):
         added = verbs.add_parser(name, help=help, description=help)
         added.set_defaults(run=function)
         if number:
             added.add_argument("number", type=int, help="of the exercise, 3 or 03")
-        added.add_argument("--work", type=Path, default=attempts.WORK, help="the folder of your files (work)")
+        added.add_argument("--work", type=a_path, default=attempts.WORK, help="the folder of your files (work)")
         return added
 
     verb("list", list_exercises, "all exercises, the easiest first")
@@ -198,20 +200,20 @@ def build_parser() -> argparse.ArgumentParser:
     added = verb(
         "check", check, "run your code and say what holds: status 0 right, 1 wrong, 2 not attempted", number=True
     )
-    added.add_argument("--seed", type=int, help="the cases of an earlier check again")
-    added.add_argument("--time-limit", type=float, default=LIMIT, help=f"seconds of computing for a property ({LIMIT})")
+    added.add_argument("--seed", type=Within(SEED), help="the cases of an earlier check again")
+    added.add_argument("--time-limit", **limit)
     verb("hint", hint, "the next of three hints", number=True)
     verb("show", show, "the package's own code beside yours, after an attempt", number=True)
     verb("status", status, "how far you are")
     added = verb("release", release, "for teachers: write the package with every exercise blank")
-    added.add_argument("out", type=Path, help="a new folder")
+    added.add_argument("out", type=a_path, help="a new folder")
     added = verb("grade", grade, "for teachers: grade a folder of submissions, into grades.csv and grades.json")
-    added.add_argument("dir", type=Path, help="it holds one folder for each submission")
-    added.add_argument("--seed", type=int, default=0)
-    added.add_argument("--private", type=Path, help="a Python file of yours: SEEDS, POINTS, PROPERTIES")
-    added.add_argument("--only", help="numbers of the exercises that were assigned, 2,3,5 (all)")
-    added.add_argument("--out", type=Path, default=Path("runs/grades"))
-    added.add_argument("--time-limit", type=float, default=LIMIT, help=f"seconds of computing for a property ({LIMIT})")
+    added.add_argument("dir", type=a_path, help="it holds one folder for each submission")
+    added.add_argument("--seed", type=Within(SEED), default=0)
+    added.add_argument("--private", type=a_path, help="a Python file of yours: SEEDS, POINTS, PROPERTIES")
+    added.add_argument("--only", type=a_name, help="numbers of the exercises that were assigned, 2,3,5 (all)")
+    added.add_argument("--out", type=a_path, default=Path("runs/grades"))
+    added.add_argument("--time-limit", **limit)
     return parser
 
 
