@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from minilora.command import HelpFormatter, Parser, run_command, unescape
+from minilora.command import HelpFormatter, Parser, number, run_command, unescape
 from minilora.config import LoRAConfig
 from minilora.dtypes import DTYPES, dtype_name
 from minilora.experiments import bench as benchmarks
@@ -30,7 +30,7 @@ from minilora.inference.chat import Conversation, open_shelf, talk, typed_lines,
 from minilora.inference.evaluate import evaluate_world, score_task
 from minilora.inference.generate import stream
 from minilora.model import GPT
-from minilora.options import CONVERSE, EXCLUSIVE, OPTIONS, number
+from minilora.options import CONVERSE, EXCLUSIVE, OPTIONS
 from minilora.quant import Quantization
 from minilora.ranges import COUNT, PRETRAINING_STEPS, SEQUENCE
 from minilora.storage.adapters import load_adapter
@@ -106,7 +106,7 @@ def experiments_of(options, methods: list[str]) -> list[Experiment]:
         elif rate is None:
             rate = tuned_learning_rate(dataset.name, method, base)
             if borrowed := borrowed_rate(dataset.name, method, base):
-                print(borrowed)
+                print(borrowed, file=sys.stderr)
         training = schedule(learning_rate=rate, seed=options.seed, **plan)
         experiments.append(Experiment(base, dataset, method, training, *details))
     return experiments

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from minilora.ranges import Range
 
@@ -31,7 +31,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Within:
-    """Reads a number of a range. To be the `type` of an option, as the functions below."""
+    """Reads a number of a range. To be the `type` of an option, as `a_text` and what stands below it."""
 
     def __init__(self, allowed: Range):
         self.allowed = allowed
@@ -44,6 +44,11 @@ class Within:
         if not self.allowed.holds(value):
             raise argparse.ArgumentTypeError(f"{shown(word)} is not {self.allowed}")
         return value
+
+
+def number(allowed: Range, help: str = "", **words) -> dict[str, Any]:
+    """An option that takes a number of this range, which its help names."""
+    return dict(type=Within(allowed), help=f"{help}: {allowed}" if help else str(allowed), **words)
 
 
 def a_text(word: str) -> str:

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from minilora import ranges
-from minilora.command import Within, a_name, a_path, a_text
+from minilora.command import a_name, a_path, a_text, number
 from minilora.experiments.methods import DEFAULT_METHODS, METHODS, Experiment
 from minilora.experiments.run import BASE
 from minilora.levels import LEVELS
@@ -22,11 +22,6 @@ DATA_HELP = (
     f"{PYTHON_CODE}, or any UTF-8 text file"
 )
 FLAG, SWITCH = {"action": "store_true"}, {"action": argparse.BooleanOptionalAction}
-
-
-def number(allowed: ranges.Range, help: str = "", **words) -> dict[str, Any]:
-    """An option that takes a number of this range, which its help names."""
-    return dict(type=Within(allowed), help=f"{help}: {allowed}" if help else str(allowed), **words)
 
 
 def method_list(word: str) -> list[str]:

@@ -11,7 +11,7 @@ import sys
 from itertools import zip_longest
 from pathlib import Path
 
-from minilora.command import Parser, Within, a_name, a_path, run_command
+from minilora.command import Parser, a_name, a_path, number, run_command
 from minilora.exercises import attempts
 from minilora.exercises.catalog import EXERCISES
 from minilora.exercises.checking import Exercise
@@ -103,7 +103,7 @@ def hint(options) -> int:
     """The next hint, one more each time; after the third, all of them again."""
     exercise = chosen(options)
     given = attempts.read_progress(options.work).get(str(exercise.number), {}).get("hints", 0)
-    if given == len(exercise.hints):
+    if given >= len(exercise.hints):
         print("\n".join(f"{number}. {text}" for number, text in enumerate(exercise.hints, 1)))
         print("That was all; `show` gives the package's code, after an attempt.")
         return 0
@@ -185,7 +185,7 @@ def grade(options) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m minilora.exercises", description="Graded exercises.")
     verbs = parser.add_subparsers(required=True, metavar="verb")
-    limit = dict(type=Within(SECONDS), default=LIMIT, help=f"of computing for a property, in seconds ({LIMIT})")
+    limit = number(SECONDS, f"seconds of computing for a property ({LIMIT})", default=LIMIT)
 
     def verb(name, function, help, number=False):
         added = verbs.add_parser(name, help=help, description=help)
@@ -200,7 +200,7 @@ def build_parser() -> argparse.ArgumentParser:
     added = verb(
         "check", check, "run your code and say what holds: status 0 right, 1 wrong, 2 not attempted", number=True
     )
-    added.add_argument("--seed", type=Within(SEED), help="the cases of an earlier check again")
+    added.add_argument("--seed", **number(SEED, "the cases of an earlier check again"))
     added.add_argument("--time-limit", **limit)
     verb("hint", hint, "the next of three hints", number=True)
     verb("show", show, "the package's own code beside yours, after an attempt", number=True)
@@ -209,7 +209,7 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument("out", type=a_path, help="a new folder")
     added = verb("grade", grade, "for teachers: grade a folder of submissions, into grades.csv and grades.json")
     added.add_argument("dir", type=a_path, help="it holds one folder for each submission")
-    added.add_argument("--seed", type=Within(SEED), default=0)
+    added.add_argument("--seed", **number(SEED, default=0))
     added.add_argument("--private", type=a_path, help="a Python file of yours: SEEDS, POINTS, PROPERTIES")
     added.add_argument("--only", type=a_name, help="numbers of the exercises that were assigned, 2,3,5 (all)")
     added.add_argument("--out", type=a_path, default=Path("runs/grades"))

@@ -116,9 +116,19 @@ def digest(exercise: Exercise, folder: Path) -> str:
 def read_progress(folder: Path) -> dict:
     path = folder / "progress.json"
     progress = read_json(path) if path.is_file() else {}
-    if not all(isinstance(known, dict) for known in progress.values()):
+    if not all(map(_is_record, progress.values())):
         raise ValueError(f"{path} is not what `check` wrote; delete it, only `status` and `hint` look into it")
     return progress
+
+
+def _is_record(known) -> bool:
+    """Whether this is what `record` notes: {}, or hints given, or a check, or both."""
+    if not isinstance(known, dict) or type(known.get("hints", 0)) is not int or known.get("hints", 0) < 0:
+        return False
+    check = [known.get(name) for name in ("passed", "of", "digest")]
+    if check == [None, None, None]:
+        return True
+    return [type(value) for value in check] == [int, int, str] and 0 <= known["passed"] <= known["of"] > 0
 
 
 def record(exercise: Exercise, folder: Path, **changes):
