@@ -209,12 +209,17 @@ def names_of(tokenizer, ids):
 
 
 OLD = dict(added_tokens={"<|im_end|>": 341, "<|im_start|>": 340, "covid": 342})
-OLD |= dict(special_tokens_map={"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+SPECIAL = ["</s>", added("<|im_start|>", 340)]  # by name or as an object
+OLD |= dict(special_tokens_map={"eos_token": "<|im_end|>", "additional_special_tokens": SPECIAL})
 NEW = [added("<|im_start|>", 340), added("<|im_end|>", 341), added("covid", 342, special=False)]
 NEW_SETTINGS = {"added_tokens_decoder": {str(each["id"]): each for each in NEW}, "eos_token": "<|im_end|>"}
 
 
-@pytest.mark.parametrize(("settings", "files"), [(None, OLD), (NEW_SETTINGS, {})], ids=["old files", "new files"])
+@pytest.mark.parametrize(
+    ("settings", "files"),
+    [(None, OLD), ({"added_tokens_decoder": None}, OLD), (NEW_SETTINGS, {})],
+    ids=["old", "null", "new"],
+)
 def test_added_tokens_of_a_model_file(make, settings, files, tmp_path):
     tokenizer = make("model", settings, **files)
     save_tokenizer(tokenizer, tmp_path / "again")

@@ -7,6 +7,9 @@ Newer checkpoints come with a `tokenizer.json` only, which the `tokenizers` libr
 
 Control tokens (`<|im_start|>`, `</s>`) steer the model, and no text may forge them: `encode` takes such a name for
 letters like any others. `encode(text, control=True)`, meant for a rendered chat template, takes it for the token.
+
+Many tokenizers, Llama 2's among them, put a blank in front of a text, so that its first word is the token that it is
+in the middle of another. A text that goes on from another, as a completion does, must get none: `continues=True`.
 """
 
 import codecs
@@ -89,7 +92,7 @@ class Tokenizer:
     def encode(self, text: str, control: bool = False, continues: bool = False) -> list[int]:
         """The ids of `text`; names of control tokens in it are letters unless `control` says otherwise.
 
-        Some tokenizers put a blank in front of a text. Where it `continues` another one, it gets none.
+        Where it `continues` another text, it gets no blank in front.
         """
         single = self._words | (self.control if control else {})
         tokens = ({} if control else self._spelled) | {name: [id] for name, id in single.items()}

@@ -22,9 +22,10 @@ def settings_beside(path: Path) -> dict:
         return read_json(file) if file.is_file() else {}
 
     settings = read(TOKENIZER_CONFIG)
-    if "added_tokens_decoder" not in settings:  # as older folders have it, and as `transformers` reads these
+    if not settings.get("added_tokens_decoder"):  # as older folders have it, and as `transformers` reads these
         settings |= read("special_tokens_map.json")
-        special = {*named_tokens(settings).values(), *map(str, settings.get("additional_special_tokens") or [])}
+        more = settings.get("additional_special_tokens")
+        special = {*named_tokens(settings).values(), *(map(_name_of, more) if isinstance(more, list) else [])}
         added = {str(id): dict(content=name, special=name in special) for name, id in read("added_tokens.json").items()}
         settings |= {"added_tokens_decoder": added} if added else {}
     template = path.with_name("chat_template.jinja")
@@ -35,12 +36,13 @@ def settings_beside(path: Path) -> dict:
 
 def named_tokens(settings: dict) -> dict[str, str]:
     """The entries such as "eos_token", each a name or an object that holds the name as its content."""
-    named = {
-        key: value["content"] if isinstance(value, dict) and "content" in value else value
-        for key, value in settings.items()
-        if key.endswith("_token")
-    }
-    return {key: value for key, value in named.items() if isinstance(value, str)}
+    named = {key: _name_of(value) for key, value in settings.items() if key.endswith("_token")}
+    return {key: name for key, name in named.items() if name is not None}
+
+
+def _name_of(token) -> str | None:
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) else None
 
 
 def added_tokens(settings: dict, path: Path) -> dict[int, tuple[str, bool]]:
@@ -49,7 +51,7 @@ def added_tokens(settings: dict, path: Path) -> dict[int, tuple[str, bool]]:
     Raises ValueError, naming the folder, for entries of another form.
     """
     try:
-        entries = {int(id): entry for id, entry in settings.get("added_tokens_decoder", {}).items()}
+        entries = {int(id): entry for id, entry in (settings.get("added_tokens_decoder") or {}).items()}
         added = {id: (entry["content"], bool(entry.get("special"))) for id, entry in entries.items()}
         if all(id >= 0 and isinstance(name, str) and name for id, (name, _) in added.items()):
             return added
