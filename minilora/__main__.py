@@ -30,7 +30,7 @@ from minilora.inference.chat import Conversation, open_shelf, talk, typed_lines,
 from minilora.inference.evaluate import evaluate_world, score_task
 from minilora.inference.generate import stream
 from minilora.model import GPT
-from minilora.options import CONVERSE, EXCLUSIVE, OPTIONS
+from minilora.options import CONVERSE, EXCLUSIVE, OPTIONS, device_of, targets_of
 from minilora.quant import Quantization
 from minilora.ranges import COUNT, PRETRAINING_STEPS, SEQUENCE
 from minilora.storage.adapters import load_adapter
@@ -53,22 +53,6 @@ LOOP_OPTIONS = ("accumulation_steps", "gradient_checkpointing", "group_by_length
 TASK = "json"  # where neither task nor data is named
 RUN_OPTIONS = ("steps", "batch_size", *LOOP_OPTIONS)
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")  # of `stream` and `Conversation`, by name
-
-
-def device_of(options) -> str:
-    """The device that was asked for; for "auto" the first one that is here."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = next(name for name in here if here[name]) if options.device == "auto" else options.device
-    if not here[device]:
-        raise ValueError(f"device {device} is not available here; --device cpu always is")
-    return device
-
-
-def targets_of(text: str) -> list[str] | str:
-    """ "q_proj,v_proj" is a list of suffixes, "all-linear" a word of its own, all else a regular expression."""
-    if text == "all-linear" or not all(part.replace("_", "").isalnum() for part in text.split(",")):
-        return text
-    return text.split(",")
 
 
 def quantization_of(options) -> Quantization:

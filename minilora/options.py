@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+import torch
+
 from minilora import ranges
 from minilora.command import a_name, a_path, a_text, number
 from minilora.experiments.methods import DEFAULT_METHODS, METHODS, Experiment
@@ -90,3 +92,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 # Of these an option is given, or another, and not both.
 EXCLUSIVE = (("--task", "--data"), ("--model", "--base"), ("--learning-rate", "--tune"))
+
+
+def device_of(options) -> str:
+    """The device that was asked for; for "auto" the first one that is here."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(name for name in here if here[name]) if options.device == "auto" else options.device
+    if not here[device]:
+        raise ValueError(f"device {device} is not available here; --device cpu always is")
+    return device
+
+
+def targets_of(text: str) -> list[str] | str:
+    """ "q_proj,v_proj" is a list of suffixes, "all-linear" a word of its own, all else a regular expression."""
+    if text == "all-linear" or not all(part.replace("_", "").isalnum() for part in text.split(",")):
+        return text
+    return text.split(",")

@@ -22,7 +22,7 @@ from minilora.text.datasets import load_dataset, read_text
 from minilora.text.instructions import read_lines
 from minilora.text.streaming import stream_text
 from minilora.text.tasks import Example, Task
-from minilora.text.tokenizer import open_tokenizer, save_tokenizer
+from minilora.text.tokenizer import open_tokenizer, tokenizer_files
 
 pytest.importorskip("tokenizers")
 
@@ -151,7 +151,7 @@ def test_without_a_begin_token_nothing_stands_in_front(tmp_path):
     settings = {"bos_token": None}
     other = open_tokenizer(write_folder(tmp_path / "json", json_tokenizer(begin=False), settings))
     assert (other.bos_id, other.prefix) == (None, [])
-    save_tokenizer(other, tmp_path / "again")
+    write_files(tmp_path / "again", tokenizer_files(other))
     assert read_json(tmp_path / "again" / "generation_config.json") == {"eos_token_id": 2}
 
 
@@ -203,6 +203,12 @@ def test_truncation_and_padding_that_a_file_stores_are_off(make):
     assert tokenizer.prefix == plain.prefix == [1]
 
 
+def write_files(folder, files):
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
 def names_of(tokenizer, ids):
     names = {id: name for name, id in tokenizer.control.items()}
     return [names[id] for id in ids if id in names]
@@ -222,7 +228,7 @@ NEW_SETTINGS = {"added_tokens_decoder": {str(each["id"]): each for each in NEW},
 )
 def test_added_tokens_of_a_model_file(make, settings, files, tmp_path):
     tokenizer = make("model", settings, **files)
-    save_tokenizer(tokenizer, tmp_path / "again")
+    write_files(tmp_path / "again", tokenizer_files(tokenizer))
     again = open_tokenizer(tmp_path / "again")
     text = "<|im_start|>so</s> covid a<|im_end|>"
     for own in (tokenizer, again):
