@@ -19,6 +19,7 @@ class Parser(argparse.ArgumentParser):
     """Refuses in one line, without the list of all options."""
 
     def error(self, message: str) -> NoReturn:
+        message = message if len(message) <= 500 else f"{message[:497]}..."
         self.exit(2, f"error: {message} (options: {self.prog} --help)\n")
 
 

@@ -16,6 +16,7 @@ from minilora.command import Within, run_command, unescape
 from minilora.exercises import __main__ as exercises
 from minilora.experiments import run as run_file
 from minilora.experiments.compare import compare
+from minilora.experiments.pretrain import pretraining_config
 from minilora.experiments.timing import Timing
 from minilora.ranges import ALPHA, DROPOUT, LEARNING_RATE, TEMPERATURE, TOP_P, Range, whole
 from minilora.train_settings import TrainConfig as Settings
@@ -37,6 +38,25 @@ def test_part_of_the_command_lines_ends_as_it_should():
 def test_what_exceeds_the_model_is_refused_before_it_is_allocated(words):
     case = Case("minilora", ("finetune", "--out", "out", "--count", "1", *words))
     assert not (fault := fault_of(case)), fault
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["generate", "caf\udce9"], "'caf\\udce9' is not UTF-8 text"),
+        (["finetune", "--out", ""], "'' names nothing"),
+        (["finetune", "--rank", "0"], "'0' is not a whole number from 1 to 65,536"),
+        (["compare", "--methods", "lora,lora"], "lora is there twice, and each method is compared once"),
+        (["compare", "--methods", "lora,"], "unknown method ''; known: full, lora"),
+        (["finetune", "--" + "x" * 5000], "unrecognized arguments"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_the_sentence_says_what_would_be_right(words, says, capsys):
+    with pytest.raises(SystemExit):
+        command_line.main(words)
+    said = capsys.readouterr().err
+    assert says in said and len(said) < 700, f"{says!r} should be in one short sentence, {said[:900]!r}"
 
 
 # -- the ranges --------------------------------------------------------------------------------------------------------
@@ -72,6 +92,9 @@ def numbers(program: str):
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_number_has_its_range_in_the_help_and_a_default_inside(program):
+    for verb, parser in parsers(program).items():
+        plain = [action.dest for action in parser._actions if action.type in (int, float) and not action.choices]
+        assert plain in ([], ["number"]), f"{program} {verb}: {plain} are numbers without a range"  # of an exercise
     for verb, action in numbers(program):
         where, allowed = f"{program} {verb} {action.option_strings}", action.type.allowed
         assert str(allowed) in action.help, f"{where}: {allowed} should be in its help, {action.help!r}"
@@ -113,6 +136,7 @@ def test_a_learning_rate_of_zero_is_refused_and_not_replaced():
         (lambda: Timing(rounds=0), "rounds is"),
         (lambda: run_file.schedule(10, 1.0, evaluations=0), "evaluations is"),
         (lambda: run_file.schedule(0, 1.0), "steps is"),
+        (lambda: pretraining_config(100_001, 0), "steps is"),
     ],
 )
 def test_the_package_refuses_the_same_from_python(make, named):

@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from faults.mutations import time_limit
 from gguf_files import write_gguf
 from safetensors.torch import load_file, save_file
 
@@ -17,10 +18,11 @@ from minilora.adapters.patterns import compile_pattern
 from minilora.adapters.prompts import SoftPrompt
 from minilora.linear4bit import quantize_model
 from minilora.quant import Quantization
+from minilora.storage import models
 from minilora.storage.config import load_config
 from minilora.storage.files import check_finite, open_safetensors, parse_json, read_json, write_safetensors
 from minilora.storage.get import find_base
-from minilora.storage.peft import peft_type
+from minilora.storage.peft import base_quantization, peft_type
 from minilora.storage.prompts import load_prompt, save_prompt
 from minilora.storage.training_state import load_training_state, save_training_state, state_digest
 from minilora.train import make_optimizer
@@ -176,6 +178,7 @@ NOTES = {
 }
 TENSORS = {
     "counts of another step": (lambda name, t: t + 1 if name.endswith("/step") else t, "optimizer has counted 3"),
+    "counts of a step before": (lambda name, t: t - 1 if name.endswith("/step") else t, "optimizer has counted 1"),
     "a negative square": (lambda name, t: -t - 1 if name.endswith("exp_avg_sq") else t, "with numbers below 0"),
     "a moment that is NaN": (lambda name, t: t * torch.nan if name.endswith("exp_avg") else t, "holds nan"),
     "no generator": (
@@ -221,14 +224,13 @@ def test_any_flipped_byte_of_a_state_is_noticed(tmp_path):
 # -- sizes and texts that would take for ever ------------------------------------------------------------------------
 
 
-def test_a_count_of_layers_is_held_against_the_file_before_any_is_built(tmp_path):
+def test_a_count_of_layers_is_held_against_the_file_before_any_is_built(tmp_path, monkeypatch):
     save_model(tiny(), tmp_path)
+    monkeypatch.setattr(models, "GPT", None)  # building would fail
     for count in (10**6, 900):
         edit_json(tmp_path / "config.json", num_hidden_layers=count)
-        began = time.perf_counter()
         with pytest.raises(ValueError, match=f"config.json has num_hidden_layers {count}"):
             load_model(tmp_path)
-        assert time.perf_counter() - began < 0.5, "the model was built before the count was looked at"
 
 
 @pytest.mark.parametrize("name", [*SHAPE, "max_position_embeddings", "num_key_value_heads", "head_dim", "rope_theta"])
@@ -303,15 +305,13 @@ COMMON += [
 @pytest.mark.parametrize("pattern", EXPLODING + NO_EXPRESSION, ids=lambda pattern: pattern[:20])
 def test_patterns_that_explode_or_are_none(tmp_path, pattern):
     save_adapter(adapted(), tmp_path)
-    began = time.perf_counter()
     for changes in (dict(target_modules=pattern), dict(rank_pattern={pattern: 2}), dict(alpha_pattern={pattern: 2})):
         config = json.loads((tmp_path / "adapter_config.json").read_text())
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **changes}))
-        with pytest.raises(ValueError, match="adapter_config.json: ") as caught:
+        with time_limit(20), pytest.raises(ValueError, match="adapter_config.json: ") as caught:
             load_adapter(tiny(), tmp_path)
         assert len(str(caught.value)) < 500 + len(str(tmp_path)), f"{len(str(caught.value))} characters were said"
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    assert time.perf_counter() - began < 2, "a pattern was tried for too long"
 
 
 @pytest.mark.parametrize("pattern", COMMON, ids=lambda pattern: pattern[:20])
@@ -330,7 +330,7 @@ def test_the_costliest_pattern_that_is_taken_ends_soon():
         time.perf_counter(),
     )
     assert pattern.match(name) is None
-    assert time.perf_counter() - began < 1
+    assert time.perf_counter() - began < 10
 
 
 ADAPTER_VALUES = [
@@ -421,7 +421,7 @@ def test_pickles_and_names_of_the_hub_say_what_to_do(tmp_path, monkeypatch):
         (tmp_path / folder / weights).rename(tmp_path / folder / pickle)
         with pytest.raises(FileNotFoundError, match=f"{pickle} is a pickle.*save_pretrained writes safetensors"):
             load_model(folder) if folder == "base" else load_adapter(tiny(), folder)
-    for load in (find_base, load_model, peft_type, lambda name: load_adapter(tiny(), name)):
+    for load in (find_base, load_model, peft_type, base_quantization, lambda name: load_adapter(tiny(), name)):
         with pytest.raises(FileNotFoundError, match="hf download some-org/a_model-1.0 --local-dir"):
             load("some-org/a_model-1.0")
     with pytest.raises(FileNotFoundError) as caught:

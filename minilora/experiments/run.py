@@ -103,7 +103,8 @@ def borrowed_rate(data: str, method: str, base: BaseFolder) -> str:
         return ""
     here, there = rates_key(data, base), f"{key} of the shipped base" if "/" not in key else key
     what = f"tuned on {there}" if owner == method else f"tuned for {owner} on {there}"
-    return f"learning rate {rate:g} for {method}: {what}, not on {here}; --learning-rate or --tune changes it"
+    change = "--learning-rate gives another, compare --tune finds one"
+    return f"learning rate {rate:g} for {method}: {what}, not on {here}; {change}"
 
 
 def read_rates(path: Path) -> dict:

@@ -70,6 +70,7 @@ def quantization_of(model: GPT) -> Quantization | None:
 def base_quantization(directory: str | Path) -> Quantization | None:
     """How the base of a saved adapter was stored in 4 bits, by the note in the adapter's file; None where it was not,
     or where another library wrote the file, without a note. Raises FileNotFoundError and ValueError."""
+    check_directory(Path(directory))
     path = Path(directory) / ADAPTER_WEIGHTS
     note = _note(path, BASE_QUANTIZATION)
     if note is None:
