@@ -2,19 +2,25 @@
 
 import csv
 import importlib
+import io
 import json
 import os
 import subprocess
 import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from minilora.exercises import grading
 from minilora.exercises.attempts import stub
 from minilora.exercises.catalog import EXERCISES
-from minilora.exercises.classroom import exercise_told, grade, release, solution_lines
+from minilora.exercises.classroom import exercise_told, release, solution_lines
+from minilora.exercises.grading import grade, harmless
 from minilora.exercises.graft import package_sources
 from minilora.exercises.source import read_module, solution
+from minilora.exercises.submissions import fits, read_submission
 
 ROOT = Path(__file__).parents[1]
 FORWARD, RSLORA = 2, 7
@@ -182,6 +188,135 @@ def test_private_file_that_cannot_be_used_is_refused(tmp_path, text, fault):
     with pytest.raises(ValueError, match=fault):
         grade(tmp_path / "class", [FORWARD], 0, tmp_path / "private.py", tmp_path / "out", 20, progress=False)
     assert not (tmp_path / "out").exists()
+
+
+LORA_SCALING = "def lora_scaling(r, lora_alpha, use_rslora=False):\n    "
+RIGHT = LORA_SCALING + "return lora_alpha / (r**0.5 if use_rslora else r)\n"
+
+
+def zipped(files: dict[str, str | bytes]) -> bytes:
+    with zipfile.ZipFile(content := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return content.getvalue()
+
+
+def test_one_submission_never_costs_the_others_their_grades(tmp_path):
+    """Names that are no text, half characters, formulas, damaged zips: each has its row, which says what happened."""
+    name = EXERCISES[RSLORA].name
+    submission(tmp_path / "class/ada", **{name: RIGHT})
+    half = os.fsdecode(b"zo\xeb") if sys.platform == "linux" else "zoe"  # a name that is no UTF-8
+    submission(tmp_path / "class" / half, **{name: LORA_SCALING + "raise ValueError('\\udc80')"})
+    submission(tmp_path / "class/=cmd()")
+    submission(tmp_path / "class/empty")
+    submission(tmp_path / "class/strange", notes="x = 1")
+    (tmp_path / "class/zip.zip").write_bytes(zipped({"hand-in/work/EX7_rslora (1).py": RIGHT}))
+    (tmp_path / "class/torn.zip").write_bytes(zipped({f"{name}.py": RIGHT})[:-30])
+    (tmp_path / "class/old.tar").write_bytes(b"")
+    half = half.encode("utf-8", "backslashreplace").decode()
+    people = ["'=cmd()", "ada", "empty", "old.tar", "strange", "torn.zip", "zip.zip", half]
+    table = grade(tmp_path / "class", [RSLORA], 0, None, tmp_path / "out", 20, progress=False)
+    assert (tmp_path / "out/grades.csv").read_text(encoding="utf-8") == table
+    rows = {row["submission"]: row for row in csv.DictReader(table.splitlines())}
+    assert list(rows) == people
+    points = {person: row["total"] for person, row in rows.items()}
+    assert points == {person: "1.0" if person in ("ada", "zip.zip") else "0.0" for person in people}, table
+    for person, says in {
+        "empty": "no file of these exercises",
+        half: "07: LoRA: s = alpha / r, not rounded: raised ValueError",
+        "old.tar": "neither a folder nor a zip",
+        "strange": "the name is of no exercise: notes.py",
+        "torn.zip": "cannot be unpacked",
+        "zip.zip": f"(1).py was taken for {name}.py",
+    }.items():
+        assert says in rows[person]["notes"], rows[person]
+    assert not rows["ada"]["notes"]
+    known = json.loads((tmp_path / "out/grades.json").read_text(encoding="utf-8"))
+    assert known["left"] == 0 and len(known["submissions"]) == len(people)
+
+
+def test_a_grading_that_fails_or_is_ended_keeps_the_other_rows(tmp_path, monkeypatch):
+    for person in ("ada", "ben", "cem"):
+        submission(tmp_path / "class" / person)
+
+    def grade_one(path, *_):
+        if path.name == "ben":
+            raise RuntimeError("no more processes")
+        if path.name == "cem":
+            raise KeyboardInterrupt
+        return {"submission": path.name, "total": 1.0, "notes": [], "exercises": {}}
+
+    monkeypatch.setattr(grading, "grade_one", grade_one)
+    monkeypatch.setattr(grading, "ThreadPoolExecutor", lambda max_workers: ThreadPoolExecutor(1))
+    with pytest.raises(KeyboardInterrupt):
+        grade(tmp_path / "class", [RSLORA], 0, None, tmp_path / "out", 20, progress=False)
+    rows = list(csv.DictReader((tmp_path / "out/grades.csv").read_text(encoding="utf-8").splitlines()))
+    assert rows[0]["submission"] == "ada" and rows[0]["total"] == "1.0"
+    assert json.loads((tmp_path / "out/grades.json").read_text(encoding="utf-8"))["left"] > 0
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_anything_is_graded(tmp_path, monkeypatch):
+    submission(tmp_path / "class/ada")
+    monkeypatch.setattr(grading, "grade_one", lambda *_: pytest.fail("it has begun to grade"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "out/grades.csv").mkdir(parents=True)
+    for out, fault in ((tmp_path / "file", "cannot make the output folder"), (tmp_path / "out", "it is a folder")):
+        with pytest.raises(ValueError, match=fault):
+            grade(tmp_path / "class", [RSLORA], 0, None, out, 20, progress=False)
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "\t=1", "\r=1", "  =1", "＝1"])
+def test_no_cell_is_a_formula(text):
+    assert harmless(text) == f"'{text}" and harmless("ada =1") == "ada =1" and harmless("") == ""
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "ex02_lora_forward.py",
+        "EX02_LoRA_forward.PY",
+        "ex2_lora_forward.py",
+        "02_lora_forward.py",
+        "ex02-lora-forward.py",
+        "ex02 lora forward (3).py",
+        "Copy of ex02_lora_forward.py",
+        "ex02_lora_forward - Copy.py",
+        "ex02_lora_forward.py.txt",
+        "lora_forward.py",
+        "ex02.py",
+        "exercise 2.py",
+    ],
+)
+def test_a_name_that_can_mean_but_one_thing_is_understood(given):
+    fitting = [
+        name for number, exercise in EXERCISES.items() for name in exercise.files.values() if fits(given, number, name)
+    ]
+    assert fitting == ["ex02_lora_forward.py"]
+
+
+@pytest.mark.parametrize("given", ["ex03_lora_forward.py", "forward.py", "ex11.py", "ex022.py", "notes.py", "ex02.txt"])
+def test_a_name_that_could_mean_another_is_not_taken(given):
+    assert not [n for n, exercise in EXERCISES.items() for name in exercise.files.values() if fits(given, n, name)]
+
+
+def test_files_are_found_wherever_they_lie_and_the_best_is_taken(tmp_path):
+    name = f"{EXERCISES[RSLORA].name}.py"
+    submission(tmp_path / "ada/hand-in/work", **{EXERCISES[RSLORA].name: "right"})
+    submission(tmp_path / "ada/older", **{EXERCISES[RSLORA].name: "old"})
+    (tmp_path / "ada/more.zip").write_bytes(zipped({"deep/er/ex02_lora_forward.py": "zipped", "__MACOSX/._x.py": "no"}))
+    found = read_submission(tmp_path / "ada")
+    assert found.files == {name: b"right", "ex02_lora_forward.py": b"zipped"}
+    assert found.notes == [f"{name} from hand-in/work/{name}, not from older/{name}"]
+
+
+def test_a_zip_does_no_harm(tmp_path):
+    name = f"{EXERCISES[RSLORA].name}.py"
+    bomb = zipped({name: bytes(2**25), "ex02.py": "fine", "../../outside.py": "no", "/etc/x.py": "no", "in.zip": "no"})
+    (tmp_path / "a.zip").write_bytes(bomb)
+    found = read_submission(tmp_path / "a.zip")
+    assert found.files == {"ex02_lora_forward.py": b"fine"} and [path.name for path in tmp_path.iterdir()] == ["a.zip"]
+    said = "; ".join(found.notes)
+    assert "larger than 1 MB" in said and said.count("leads out of the zip") == 2 and "in.zip in it" in said, said
 
 
 def test_nothing_to_grade_is_refused(tmp_path):

@@ -116,6 +116,14 @@ def test_bad_input_is_one_sentence(arguments, fault, capsys, monkeypatch):
     assert capsys.readouterr().err.startswith(f"error: {fault}")
 
 
+@pytest.mark.parametrize("option", ["--seed=-1", f"--seed={2**70}", "--seed=x", "--time-limit=nan", "--time-limit=0"])
+def test_numbers_that_cannot_be_are_refused(option, capsys):
+    for verb in (["check", "01"], ["grade", "nowhere"]):
+        with pytest.raises(SystemExit, match="2"):
+            main([*verb, option])
+        assert option.partition("=")[0] in capsys.readouterr().err
+
+
 def test_whatever_the_code_does_there_is_an_answer(tmp_path):
     """One folder, a different disaster in each exercise. What ends the process must not take the next ones along."""
     disasters = {

@@ -15,8 +15,8 @@ from minilora.command import Parser, a_name, a_path, number, run_command
 from minilora.exercises import attempts
 from minilora.exercises.catalog import EXERCISES
 from minilora.exercises.checking import Exercise
-from minilora.exercises.classroom import grade as grade_class
 from minilora.exercises.classroom import release as release_package
+from minilora.exercises.grading import grade as grade_class
 from minilora.exercises.runner import LIMIT, Result, run
 from minilora.exercises.source import definition, is_released, read_module
 from minilora.ranges import SECONDS, SEED
@@ -59,14 +59,14 @@ def check(options) -> int:
             f"not attempted: `start {exercise.number:02d}` writes {options.work / next(iter(exercise.files.values()))}"
         )
         return 2
-    seed = secrets.randbelow(10**6) if options.seed is None else options.seed
+    number = secrets.randbelow(10**6) if options.seed is None else options.seed
     digest = attempts.digest(exercise, options.work)  # of what is checked: the file may change meanwhile
-    results, printed = run(options.work, [exercise.number], [seed], limit=options.time_limit)
+    results, printed = run(options.work, [exercise.number], [number], limit=options.time_limit)
     result = results[exercise.number]
     if not result.attempted:
         print(f"not attempted: {', '.join(exercise.files.values())} still holds only stubs")
         return 2
-    print(f"Exercise {exercise.number:02d}: {exercise.title} (seed {seed})")
+    print(f"Exercise {exercise.number:02d}: {exercise.title} (seed {number})")
     tell(result)
     if printed.strip():
         print("\nyour code printed:\n" + printed.rstrip())
@@ -75,13 +75,11 @@ def check(options) -> int:
     except (ValueError, OSError) as error:  # the verdict stands all the same
         print(f"\nnot noted for `status`: {error}")
     if result.right:
-        number = f"{exercise.number:02d}"
-        print(
-            f"\nright. `show {number}` puts the package's own code beside yours. The question, for the file of words:"
-        )
+        print(f"\nright. `show {exercise.number:02d}` puts the package's own code beside yours.", end=" ")
+        print("The question, for the file of words:")
         print(exercise.question)
         return 0
-    print(f"\n{result.passed} of {len(result.statements)} hold; with --seed {seed} you get the same cases again")
+    print(f"\n{result.passed} of {len(result.statements)} hold; with --seed {number} you get the same cases again")
     return 1
 
 
@@ -208,7 +206,7 @@ def build_parser() -> argparse.ArgumentParser:
     added = verb("release", release, "for teachers: write the package with every exercise blank")
     added.add_argument("out", type=a_path, help="a new folder")
     added = verb("grade", grade, "for teachers: grade a folder of submissions, into grades.csv and grades.json")
-    added.add_argument("dir", type=a_path, help="it holds one folder for each submission")
+    added.add_argument("dir", type=a_path, help="it holds a folder or a zip for each submission")
     added.add_argument("--seed", **number(SEED, default=0))
     added.add_argument("--private", type=a_path, help="a Python file of yours: SEEDS, POINTS, PROPERTIES")
     added.add_argument("--only", type=a_name, help="numbers of the exercises that were assigned, 2,3,5 (all)")

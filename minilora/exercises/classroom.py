@@ -1,33 +1,12 @@
-"""For teachers: the package as a hand-out with every exercise blank, and the grades of a class.
-
-Solutions are public: they are this package's source. What a teacher can do about it is private seeds (results that
-somebody copied still hold, results that somebody faked do not), private properties, points, and the written question
-that ends each exercise; `grades.json` holds everyone's answer to it. All but the answers stand in a Python file that
-stays at home:
-
-    SEEDS = [71, 72]                            # each property must hold for all of them
-    POINTS = {2: 10, 5: 20}                     # 1 for an exercise that is not named
-    PROPERTIES = {2: {"zero tokens": function}} # further ones, written as in catalog/: function(draw) raises Wrong
-"""
+"""The package as a hand-out with every exercise blank, for teachers. `grading.py` has the grades of a class."""
 
 import ast
-import csv
-import io
 import json
-import os
-import runpy
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
-from minilora.exercises.attempts import answer
 from minilora.exercises.catalog import EXERCISES
-from minilora.exercises.runner import Result, run
 from minilora.exercises.source import PACKAGE, blank, body_lines, is_released, path_of, read_module
-from minilora.storage.files import replacing, write_json
 
 HANDED_OUT = ("README.md", "LICENSE", "requirements.txt", "pyproject.toml", ".gitignore", "data", "notebooks", "tests")
 KEPT_BACK = ("exercises", "test_exercises_*.py", "test_notebooks.py")  # of the tests: answers, and what checks those
@@ -153,85 +132,3 @@ def purge_tests(path: Path, lines: dict[str, int]) -> list[str]:
     if names:
         path.write_text("".join(rows), encoding="utf-8")
     return names
-
-
-def grade(
-    folder: Path, numbers: list[int], seed: int, private: Path | None, out: Path, limit: float, progress: bool = True
-) -> str:
-    """Grades every submission, a folder each, with the files in it or in its `work`. Writes grades.csv and grades.json
-    into `out`, and returns the first as text.
-
-    An exercise gives its points times the share of its properties that hold. The same submissions give the same
-    grades. Raises FileNotFoundError and ValueError for a folder without submissions, for an unknown exercise and for
-    a private file that cannot be used.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
-    submissions = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not submissions:
-        raise ValueError(f"{folder} has no submissions; each is a folder of its own in there")
-    if unknown := sorted(set(numbers) - set(EXERCISES)):
-        raise ValueError(f"there is no exercise {unknown[0]}; they go from {min(EXERCISES)} to {max(EXERCISES)}")
-    seeds, points = read_private(private, seed)
-
-    def judge(path: Path) -> dict:
-        work = path / "work" if (path / "work").is_dir() else path
-        results, _ = run(work, numbers, seeds, private, limit)
-        parts = {f"{number:02d}": part(results[number], points.get(number, 1), work) for number in numbers}
-        total = round(sum(part["points"] for part in parts.values()), 4)
-        return {"submission": path.name, "total": total, "exercises": parts}
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ThreadPoolExecutor(max_workers=cores) as pool:  # the work is in processes; threads wait for them
-        judged = tqdm(pool.map(judge, submissions), "grading", len(submissions), disable=not progress)
-        graded = list(judged)
-    most = sum(points.get(number, 1) for number in numbers)
-    about = {"seeds": seeds, "points": {f"{n:02d}": points.get(n, 1) for n in numbers}, "torch": torch.__version__}
-    write_json(out / "grades.json", {**about, "submissions": graded})
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["submission", *(f"{number:02d}" for number in numbers), "total", "of"])
-    for one in graded:
-        row = [part["points"] if part["attempted"] else "" for part in one["exercises"].values()]
-        table.writerow([one["submission"], *row, one["total"], most])
-    with replacing(out / "grades.csv") as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8")
-    return text.getvalue()
-
-
-def part(result: Result, points: float, work: Path) -> dict:
-    """What grades.json says of one exercise of one submission."""
-    earned = round(points * result.passed / len(result.statements), 4)
-    faults = {statement: fault for statement, fault in result.outcomes.items() if fault}
-    words = answer(EXERCISES[result.number], work)
-    return {
-        "attempted": result.attempted,
-        "points": earned,
-        "passed": result.passed,
-        "of": len(result.statements),
-        "faults": faults,
-        "answer": words,
-    }
-
-
-def read_private(path: Path | None, seed: int) -> tuple[list[int], dict[int, float]]:
-    """(seeds, points) of the teacher's file. Its properties are read where they run."""
-    if path is None:
-        return [seed], {}
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        private = runpy.run_path(str(path))
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
-    seeds, points = private.get("SEEDS", [seed]), private.get("POINTS", {})
-    if not isinstance(seeds, list) or not seeds or not all(type(value) is int for value in seeds):
-        raise ValueError(f"{path} has SEEDS {seeds!r}; a list of whole numbers is needed")
-    kinds = {"POINTS": lambda value: isinstance(value, (int, float)) and value >= 0}
-    kinds["PROPERTIES"] = lambda value: isinstance(value, dict) and all(map(callable, value.values()))
-    for name, fits in kinds.items():
-        given = private.get(name, {})
-        if not isinstance(given, dict) or not set(given) <= set(EXERCISES) or not all(map(fits, given.values())):
-            what = "its points" if name == "POINTS" else "a dictionary of functions by statement"
-            raise ValueError(f"{path} has {name} {given!r}; by number of exercise {what} is needed")
-    return seeds, points
