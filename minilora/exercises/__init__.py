@@ -5,8 +5,12 @@
     checking.py   what an exercise is, and the words a checker is written in
     catalog/      the exercises, one file each
     attempts.py   the student's folder
-    runner.py     a process with limits for the student's code; child.py is what runs in it
-    classroom.py  for teachers: the hand-out, and the grades of a class
+    runner.py     has a folder checked, whatever its code does
+    child.py      the process that draws and compares; it calls the student's functions in another one
+    remote.py     those calls; processes.py, pipe.py and wire.py carry them over
+    student.py    the other process
+    classroom.py  for teachers: the hand-out
+    grading.py    and the grades of a class; submissions.py finds what was handed in, whatever it is called
 
 `use("work")` puts all that you have written in place of the package's code, in a notebook say, and `put_back()` takes
 it out again.

@@ -58,6 +58,9 @@ class Exercise:
     # Beginnings of lines in notebooks and tests that give the answer away in other words than the package's.
     spoilers: tuple[str, ...] = ()
     properties: dict[str, Callable] = field(default_factory=dict)
+    changes: tuple[str, ...] = ()  # those targets that change tensors, layers or lists that they are given
+    beneath: dict[str, Callable] = field(default_factory=dict)  # by target of another exercise, what stands in for it
+    inside: set[str] = field(default_factory=set)  # properties that must run in the process of the student's code
 
     @property
     def name(self) -> str:
@@ -78,10 +81,14 @@ class Exercise:
         single = len(self.modules) == 1
         return {m: f"{self.name}.py" if single else f"{self.name}_{m.rpartition('.')[2]}.py" for m in self.modules}
 
-    def property(self, statement: str) -> Callable:
+    def property(self, statement: str, inside: bool = False) -> Callable:
+        """inside: it looks into memory or autograd's graph, or replaces functions that the student's code calls, and
+        so must run in the student's own process, where that code could meddle with it."""
+
         def add(function: Callable) -> Callable:
             assert statement not in self.properties, f"{self.name} has the property {statement!r} already"
             self.properties[statement] = function
+            self.inside.update([statement] if inside else [])
             return function
 
         return add
@@ -238,6 +245,8 @@ def tidy(text: str) -> str:
 
 def explain(error: BaseException, files: Mapping[str, str]) -> str:
     """An exception in one line, with the last line of the student's own code on its way."""
+    if hasattr(error, "explained"):  # in the process in which it was raised
+        return error.explained
     text = f"{type(error).__name__}: {brief(' '.join(str(error).split()))}"
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if frame.filename in files:

@@ -1,18 +1,19 @@
-"""The process in which a student's code runs: `python -m minilora.exercises.child`, started by `runner.py` alone.
+"""The process that judges: `python -m minilora.exercises.child`, started by `runner.py` alone.
 
 It reads a job from standard input, JSON, and answers on standard output, a line of JSON for each thing that happens,
-so that what is known is known even if the code kills the process. What the code itself prints goes to standard error.
+so that what is known is known even if the process is ended. The properties run here, and here their random numbers are
+drawn and results are compared. The student's functions run elsewhere (`student.py`): in their place stand calls to that
+process, so what the student's code replaces, reads or sends over there changes no verdict. The few properties that look
+into the memory of the process that computes (`inside`) run over there too, and can be no surer than that.
 """
 
 import json
 import os
 import runpy
-import signal
 import sys
 import threading
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -20,43 +21,17 @@ import torch
 from minilora.exercises.attempts import attempted, read_sources
 from minilora.exercises.catalog import EXERCISES
 from minilora.exercises.checking import Exercise, explain, run_property
-from minilora.exercises.graft import grafted
-from minilora.exercises.source import is_released
+from minilora.exercises.processes import Gone, adopt_orphans, end_descendants, keep_to_ourselves
+from minilora.exercises.remote import Remote
+from minilora.exercises.student import TooLong
 
-MEMORY = 4 * 2**30  # bytes that a student's code may take beyond what torch has
-OUTPUT = 16 * 2**20  # bytes that it may print or write into one file
-
-
-class TooLong(BaseException):
-    """A property has computed for longer than it may. No `except Exception` of a student catches it."""
-
-
-def limit_resources():
-    """Where the system has such limits, too much memory and too long files become errors in the code that asks."""
-    try:
-        import resource
-
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-    except (ImportError, OSError):  # Windows and macOS: the time limit alone
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (OUTPUT,) * 2)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def set_clock(seconds: float):
-    """Raises TooLong after so many seconds of computing, and then every second; 0 stops the clock.
-
-    It counts the processor's time, so a busy machine does not make code slow. Windows has no such clock: there, as for
-    code that waits or stays inside one call, the process is ended from outside.
-    """
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_PROF, seconds, 1)
+ENDS = 2  # times that an exercise may end the student's process before the rest of it is given up
 
 
 def check(exercise: Exercise, properties: dict[str, Callable], folder: Path, seeds: list[int], limit: float, say):
     """Says how each property of one exercise fares, for the first of the seeds that refutes it."""
     names: dict[str, str] = {}
+    remote = Remote(exercise, folder, limit)
     try:
         sources = read_sources(exercise, folder)
         names = {path: Path(path).name for _, path in sources.values()}
@@ -64,74 +39,69 @@ def check(exercise: Exercise, properties: dict[str, Callable], folder: Path, see
             say(attempted=False)
             return
         say(attempted=True)
-        with ExitStack() as stack:
-            if is_released():
-                graft_others(exercise, folder, stack)
-            set_clock(limit)
-            stack.enter_context(grafted(exercise, sources))
-            set_clock(0)
-            for statement, function in properties.items():
-                say(property=statement)
-                say(outcome=first_fault(statement, function, seeds, names, limit))
-    except SyntaxError as error:
-        text = (error.text or "").strip()
-        where = f"line {error.lineno} of {Path(error.filename or '').name}"
-        say(property="the file is Python", outcome={"message": f"{error.msg}, in {where}: {text}"})
-    except (Exception, SystemExit, TooLong) as error:
+        ends = 0
+        for statement, function in properties.items():
+            if remote.process is None and (refused := remote.start()):
+                say(property=refused[0], outcome={"message": refused[1]})
+                return
+            say(property=statement)
+            try:
+                fault = first_fault(remote, statement, function, seeds, names)
+            except Gone as gone:
+                fault, ends = {"message": str(gone)}, ends + 1
+                remote.close()
+            say(outcome=fault)
+            if ends == ENDS:
+                return
+    except Gone as gone:
+        say(property="the file can be used", outcome={"message": str(gone)})
+    except (Exception, SystemExit) as error:
         say(property="the file can be used", outcome={"message": explain(error, names)})
     finally:
-        set_clock(0)
+        remote.close()
 
 
-def first_fault(statement: str, function: Callable, seeds: list[int], names: dict[str, str], limit: float) -> dict:
+def first_fault(remote: Remote, statement: str, function: Callable, seeds: list[int], names: dict[str, str]) -> dict:
+    inside = statement in remote.exercise.inside
     for seed in seeds:
+        remote.begin(seed)
         try:
-            set_clock(limit)
-            fault = run_property(statement, function, seed, names)
+            fault = remote.inside(statement, seed) if inside else run_property(statement, function, seed, names)
         except TooLong as error:
             fault = {"message": explain(error, names)}
-        finally:
-            set_clock(0)
+        if not fault and remote.changed:  # results that fit what was made of the arguments are no right ones
+            message = f"{remote.changed} changed what it was given"
+            fault = {
+                "message": message,
+                "case": "",
+                "slip": "its arguments belong to the caller: make new tensors",
+            }
         if fault:
             return {**fault, "seed": seed}
     return {}
 
 
-def graft_others(exercise: Exercise, folder: Path, stack: ExitStack):
-    """In a hand-out the package is blank: what the student wrote for the other exercises stands in, if it can."""
-    for other in EXERCISES.values():
-        try:
-            sources = read_sources(other, folder)
-            if other is not exercise and attempted(other, sources):
-                stack.enter_context(grafted(other, sources))
-        except Exception as error:
-            print(f"{other.name} is left out: {type(error).__name__}: {error}")
-
-
 def main():
     job, parent = json.loads(sys.stdin.readline()), sys.stdin
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")  # half characters become question marks
     os.dup2(2, 1)
     sys.stdin = open(os.devnull, encoding="utf-8")
+    keep_to_ourselves()
+    adopt_orphans()
 
     def end_with_parent():
         parent.read()  # until the parent closes it, or is no more
+        end_descendants()
         os._exit(1)
 
-    def too_long(number, frame):
-        raise TooLong(f"after {job['limit']:g} seconds of computing: a loop without an end, or far too slow")
-
     threading.Thread(target=end_with_parent, daemon=True).start()
-    if hasattr(signal, "SIGPROF"):
-        signal.signal(signal.SIGPROF, too_long)
 
     def say(**line):
-        print(json.dumps(line), file=channel, flush=True)
+        print(json.dumps(line, ensure_ascii=False), file=channel, flush=True)
 
     torch.set_num_threads(1)  # sums do not depend on the machine's cores
     warnings.simplefilter("ignore")
     private = runpy.run_path(job["private"]).get("PROPERTIES", {}) if job["private"] else {}
-    limit_resources()
     for place, number in enumerate(job["exercises"]):
         if place:  # one exercise's output is not the next one's
             sys.stdout.flush()

@@ -14,10 +14,12 @@ import __future__
 import ast
 import builtins
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from types import FunctionType, ModuleType
+
+from torch.autograd import Function
 
 from minilora.exercises.source import Definition, find, find_function, read_module
 
@@ -83,8 +85,21 @@ class Graft:
             self.members(module, name, nodes, names, filename)
         forget(module)
 
+    def proxy(self, target: str, make: Callable[[str], Callable]):
+        """`make(target)` in place of a function. A method is set on its class; of an autograd function, whose forward
+        and backward work on torch's own objects, `apply` is replaced."""
+        owner, name = owner_of(target)
+        if isinstance(owner, ModuleType):
+            self.move(owner, name, make(target), "proxy")
+            return
+        static = name == "apply" or isinstance(vars(owner).get(name), staticmethod)
+        function = make(target)
+        self.put(owner, name, staticmethod(function) if static else function)
+
     def function(self, module: ModuleType, name: str, node: ast.FunctionDef, filename: str):
-        new = run(node, filename, module)[name]
+        self.move(module, name, run(node, filename, module)[name], filename)
+
+    def move(self, module: ModuleType, name: str, new: Callable, filename: str):
         if not isinstance(new, FunctionType) or new.__code__.co_freevars:  # decorated: no code that could be moved
             self.put(module, f"_decorated_{name}", new)
             (call,) = ast.parse(f"def {name}(*args, **kwargs): return _decorated_{name}(*args, **kwargs)").body
@@ -108,6 +123,16 @@ class Graft:
                     self.put(owner, name, made[name])
                 else:
                     self.put_helper(owner, name, made[name], nodes, filename)
+
+
+def owner_of(target: str) -> tuple[ModuleType | type, str]:
+    """Module or class, and the name in it, of what is called for "module:function" or "module:Class.method"."""
+    module, _, path = target.partition(":")
+    owner, name = importlib.import_module(f"minilora.{module}"), path
+    if "." in path:
+        owner, name = getattr(owner, path.partition(".")[0]), path.partition(".")[2]
+        name = "apply" if issubclass(owner, Function) else name
+    return owner, name
 
 
 @cache
@@ -180,13 +205,13 @@ def defined(node: ast.stmt) -> set[str]:
 
 
 @contextmanager
-def grafted(exercise, sources: Mapping[str, tuple[str, str]]) -> Iterator[None]:
+def grafted(exercise, sources: Mapping[str, tuple[str, str]]) -> Iterator[Graft]:
     """`with grafted(exercise, {module: (text, filename)}):` the package runs on these functions."""
     graft = Graft()
     try:
         for module, names in exercise.modules.items():
             graft.file(module, names, *sources[module])
-        yield
+        yield graft
     finally:
         graft.undo()
 

@@ -1,8 +1,18 @@
-"""Runs students' code in a process of its own, with limits on time, memory and output, and hears what becomes of it.
+"""Has students' code checked, with limits on time, memory and output, and hears what becomes of it.
+
+    this process          child.py                    student.py
+    starts, waits   <-    draws, calls, compares  ->  computes with the student's functions, and answers
 
 Whatever the code does, there is an answer: an endless loop is stopped, a process that ends early is noticed, and what
-was still to come goes on in a new one. It is a fence against accidents and not against malice: the code
-runs with the rights of who starts it. Grade strangers' code in a container.
+was still to come goes on in a new one. What holds is judged in the middle, where no code of the student's runs. So
+these earn nothing: other functions in the place of `expect`, `torch.equal` or anything else; looking for the checker
+among frames and objects; writing verdicts into pipes; ending the process; leaving processes behind; making arguments
+into what results would fit.
+
+It is no prison. The code runs with the rights of who starts it: it can read the package, solutions included (in a
+hand-out there are none), and write over any file that you can, this package's too. The few properties that measure
+memory or multiplications (`inside`, six, in exercises 11, 14 and 18) run in the student's own process and can be faked
+there. And outside of Linux a process may open its neighbours' pipes. Grade strangers' code in a container.
 """
 
 import json
@@ -13,13 +23,18 @@ import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from minilora.exercises.processes import keep_to_ourselves
 
 START = 120  # seconds that Python and torch may take to load
 LIMIT = 10  # seconds of computing for one property
 WALL = 5  # times as many seconds by the clock, for code that waits, and for machines that are busy
 ENDS = 2  # times that an exercise may end the process before the rest of it is given up
+LINE = 2**22  # bytes of one line of the process that checks
+ASKED = 5  # seconds in which it must end when it is asked to
 PRINTED = 2000  # characters of its output that are kept
 
 
@@ -63,7 +78,7 @@ def run(
         if ended is None:
             break
         if ended not in results:
-            raise OSError(f"the process that checks {folder} ended before it began:\n{text[-PRINTED:]}")
+            raise OSError(too_small() or f"the process that checks {folder} ended before it began:\n{text[-PRINTED:]}")
         ends.append(ended)
         left = left[left.index(ended) :]
         before_any = not results[ended].outcomes.keys() & set(results[ended].statements)
@@ -72,12 +87,24 @@ def run(
     return results, printed[:PRINTED]
 
 
+def too_small() -> str:
+    """A sentence on the limit on memory under which we were started; "" where there is none."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return ""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    unlimited = limit == resource.RLIM_INFINITY
+    return "" if unlimited else f"the limit on memory (ulimit -v), {limit // 2**20} MB, is too small to check anything"
+
+
 def run_process(job: dict, results: dict[int, Result]) -> tuple[int | None, str]:
     """One process. Fills `results`; returns the exercise that ended it, if one did, and what was printed."""
     # Python finds the package where this one was found, whatever folder the user stands in.
     here = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "PYTHONHASHSEED": "0"}
+    keep_to_ourselves()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "minilora.exercises.child"],
@@ -86,12 +113,14 @@ def run_process(job: dict, results: dict[int, Result]) -> tuple[int | None, str]
             stderr=output,
             env=environment,
             start_new_session=os.name == "posix",
-            encoding="utf-8",
         )
         try:
             assert process.stdin is not None
-            process.stdin.write(json.dumps(job) + "\n")  # stays open: by that the child knows that we are alive
-            process.stdin.flush()
+            with suppress(BrokenPipeError):  # it could not even begin; what it printed says why
+                process.stdin.write(
+                    json.dumps(job).encode() + b"\n"
+                )  # stays open: so the child knows that we are alive
+                process.stdin.flush()
             ended = follow(process, job, results)
         finally:
             stop(process)
@@ -101,10 +130,10 @@ def run_process(job: dict, results: dict[int, Result]) -> tuple[int | None, str]
 
 def follow(process: subprocess.Popen, job: dict, results: dict[int, Result]) -> int | None:
     """Hears the process out, until it has done all, ends, or is silent for too long: the exercise at which it did."""
-    lines: queue.Queue = queue.Queue()
+    lines: queue.Queue = queue.Queue(100)
 
     def listen():
-        for line in process.stdout:
+        while line := process.stdout.readline(LINE):
             lines.put(line)
         lines.put(None)
 
@@ -112,16 +141,15 @@ def follow(process: subprocess.Popen, job: dict, results: dict[int, Result]) -> 
     number, statement, patience = job["exercises"][0], "the file can be used", START
     while True:
         try:
-            line = lines.get(timeout=patience)
-            fault = "your code ended the process: it exited, crashed, or took too much memory"
+            said = read_line(lines.get(timeout=patience))
+            fault = "the process that checks your code came to an end"
         except queue.Empty:
-            line, fault = None, f"stopped after {patience:g} seconds: it waits, or is far too slow"
-        if line is None:
+            said, fault = None, f"stopped after {patience:g} seconds: it waits, or is far too slow"
+        if said is None:
             if number in results:
                 results[number].outcomes[statement] = {"message": fault}
             return number
-        said = json.loads(line)
-        patience = WALL * job["limit"] * len(job["seeds"])
+        patience = START + WALL * job["limit"] * len(job["seeds"])
         if "begin" in said:
             number, statement = said["begin"], "the file can be used"
             results.setdefault(number, Result(number, said["statements"]))
@@ -134,16 +162,24 @@ def follow(process: subprocess.Popen, job: dict, results: dict[int, Result]) -> 
             return None
 
 
-def stop(process: subprocess.Popen):
-    """Ends the process, and on POSIX whatever it has started."""
+def read_line(line: bytes | None) -> dict | None:
+    """What the process said; None at its end, and for what it cannot have said."""
     try:
-        if os.name == "posix":
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
-    except (ProcessLookupError, PermissionError):
-        pass
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            pipe.close()
+        said = json.loads(line or b"null")
+    except ValueError:
+        return None
+    return said if isinstance(said, dict) else None
+
+
+def stop(process: subprocess.Popen):
+    """Ends the process and whatever the student's code has started: it is asked first, for it knows them."""
+    assert process.stdin is not None and process.stdout is not None
+    with suppress(OSError):
+        process.stdin.close()
+    try:
+        process.wait(ASKED)
+    except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
+        process.wait()
+    process.stdout.close()

@@ -18,6 +18,7 @@ EXERCISE = Exercise(
     slug="injection",
     title="Put LoRA into a model by name",
     targets=("adapters.inject:find_targets", "adapters.inject:apply_lora"),
+    changes=("adapters.inject:apply_lora",),
     difficulty=2,
     minutes=35,
     notebook="01_lora_from_scratch",

@@ -12,6 +12,7 @@ EXERCISE = Exercise(
     slug="merge",
     title="Merging and taking it out again",
     targets=("lora:LoRALinear.delta_weight", "lora:LoRALinear.merge", "lora:LoRALinear.unmerge"),
+    changes=("lora:LoRALinear.merge", "lora:LoRALinear.unmerge"),
     difficulty=2,
     minutes=25,
     notebook="01_lora_from_scratch",

@@ -282,7 +282,9 @@ def stored(draw: Draw):
         require(not found.scales.requires_grad, "the scales require a gradient", case, slip)
 
 
-@EXERCISE.property("quantize: the scheme decides on the codes, and quantize_scales on what double_quant is")
+@EXERCISE.property(
+    "quantize: the scheme decides on the codes, and quantize_scales on what double_quant is", inside=True
+)
 def other_ways(draw: Draw):
     def nearest(scaled: Tensor, table: Tensor) -> Tensor:  # in place of exercise 12's
         return (scaled[:, None] - table).abs().argmin(1).to(torch.uint8)

@@ -136,7 +136,7 @@ def leading_dimensions(draw: Draw):
             expect(gb, torch.einsum("...o->o", g), case, what="dL/db", tolerance=ROUGH)
 
 
-@EXERCISE.property("backward: None for whatever needs no gradient")
+@EXERCISE.property("backward: None for whatever needs no gradient", inside=True)
 def needs(draw: Draw):
     for most in SIZES:
         for of_x, of_bias in ((True, False), (False, True), (True, None)):
@@ -209,7 +209,7 @@ def waiting(draw: Draw, tokens: int, d: int) -> tuple[int, int, int]:
     return kept, W.nbytes, leaf.nbytes
 
 
-@EXERCISE.property("no float weight waits for backward, and no x")
+@EXERCISE.property("no float weight waits for backward, and no x", inside=True)
 def memory(draw: Draw):
     kept, of_weight, _ = waiting(draw, draw.integer(1, 4), draw.choice((64, 80, 96)))
     case = {"bytes of the float weight": of_weight, "bytes that wait": kept}

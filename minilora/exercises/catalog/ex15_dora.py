@@ -52,17 +52,21 @@ neither `FormedDirection` nor `LowRankTerm`.""",
 )
 
 
-def make(draw: Draw, base: nn.Linear, r: int, lora_alpha: float, lora_dropout=0.0, use_rslora=False) -> DoRALinear:
-    """DoRALinear(...), but what it calls of LoRALinear is done here: __init__ is another exercise."""
+def stand_in(self, base_layer, r, lora_alpha, lora_dropout=0.0, use_rslora=False):
+    """LoRALinear.__init__, which is another exercise: what DoRALinear's calls must not depend on it."""
+    layer = assemble(Draw(0), base_layer, r, lora_alpha, lora_dropout, DoRALinear)
+    layer.scaling = lora_alpha / r**0.5 if use_rslora else lora_alpha / r
+    wide = torch.promote_types(base_layer.weight.dtype, torch.float32)
+    layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.to(wide), torch.zeros_like(layer.lora_B, dtype=wide)
+    self.__dict__.update(vars(layer))
 
-    def init(self, base_layer, r, lora_alpha, lora_dropout=0.0, use_rslora=False):
-        layer = assemble(draw, base_layer, r, lora_alpha, lora_dropout, DoRALinear)
-        layer.scaling = lora_alpha / r**0.5 if use_rslora else lora_alpha / r
-        wide = torch.promote_types(base_layer.weight.dtype, torch.float32)
-        layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.to(wide), torch.zeros_like(layer.lora_B, dtype=wide)
-        self.__dict__.update(vars(layer))
 
-    with patch.object(LoRALinear, "__init__", init):
+EXERCISE.beneath["lora:LoRALinear.__init__"] = stand_in
+
+
+def make(base: nn.Linear, r: int, lora_alpha: float, lora_dropout=0.0, use_rslora=False) -> DoRALinear:
+    """DoRALinear(...), on that stand-in, wherever it is computed."""
+    with patch.object(LoRALinear, "__init__", stand_in):
         return DoRALinear(base, r, lora_alpha, lora_dropout, use_rslora)
 
 
@@ -77,7 +81,8 @@ def base_layer(draw: Draw, most: int, bias=True, dtype=torch.float64) -> nn.Line
 def dora_layer(draw: Draw, most: int, bias=True, dtype=torch.float64, dropout=0.0) -> DoRALinear:
     """As if trained: random A and B, and magnitudes that are not the norms any more."""
     base, r = base_layer(draw, most, bias, dtype), draw.integer(2, most)
-    layer = make(draw, base, r, r + draw.choice((-1, 1, 2)), dropout)  # s is not 1, and not far from it
+    alpha = r + draw.choice((-1, 1, 2))  # s is not 1, and not far from it
+    layer = make(base, r, alpha, dropout)
     for parameter in (layer.lora_A, layer.lora_B):
         parameter.data = draw.normal(*parameter.shape, dtype=parameter.dtype)
     m = torch.stack([torch.tensor(draw.number(0.3, 3)) for _ in range(base.out_features)])
@@ -107,7 +112,7 @@ def magnitude(draw: Draw):
     for most in SIZES:
         base, r, alpha = base_layer(draw, most), draw.integer(2, most), draw.integer(1, 20)
         W, rslora, dropout = base.weight.detach().clone(), most > 2, draw.number(0.1, 0.9)
-        layer = make(draw, base, r, alpha, dropout, rslora)
+        layer = make(base, r, alpha, dropout, rslora)
         m, case = getattr(layer, "lora_magnitude_vector", None), {"W": W}
         slips = {
             COLUMNS: lengths(W, 0),
@@ -124,7 +129,7 @@ def magnitude(draw: Draw):
         expect(layer.scaling, alpha / (r**0.5 if rslora else r), given, {slip: alpha / r}, "scaling")
         expect(layer.lora_dropout, dropout, given, {slip: 0.0}, "lora_dropout")
     base = base_layer(draw, 12, dtype=torch.bfloat16)
-    m, W, case = make(draw, base, 2, 2).lora_magnitude_vector, base.weight.detach(), {"W is of": torch.bfloat16}
+    m, W, case = make(base, 2, 2).lora_magnitude_vector, base.weight.detach(), {"W is of": torch.bfloat16}
     slip = "W is in half precision and the norms with it; float_weight() gives W in A's dtype"
     expect(m.dtype, torch.float32, case, {slip: torch.bfloat16}, "the dtype of lora_magnitude_vector")
     expect(m, lengths(W.float()), case, {slip: lengths(W).float()}, "lora_magnitude_vector", 1e-5)

@@ -14,6 +14,7 @@ EXERCISE = Exercise(
     slug="prefix",
     title="Prefix tuning",
     targets=tuple(f"adapters.prompts:PrefixTuning.{name}" for name in ("start", "forward", "new_cache")),
+    changes=("adapters.prompts:PrefixTuning.forward",),  # the cache, which grows
     difficulty=2,
     minutes=40,
     notebook="04_variants",

@@ -15,6 +15,7 @@ EXERCISE = Exercise(
         "inference.bank:BankedLinear.gather",
         "inference.bank:BankedLinear.add",
     ),
+    changes=tuple(f"inference.bank:BankedLinear.{name}" for name in ("store", "gather", "add")),
     difficulty=2,
     minutes=45,
     notebook="05_merge_swap_serve",

@@ -231,7 +231,7 @@ def dtypes(draw: Draw):
                 expect(found[name], wanted, case, what=f"g{name}", tolerance=0.03)
 
 
-@EXERCISE.property("LowRankTerm: with A frozen the others have their gradients, and x is not kept")
+@EXERCISE.property("LowRankTerm: with A frozen the others have their gradients, and x is not kept", inside=True)
 def frozen_A(draw: Draw):
     for most in SIZES[1:]:
         parts, s = numbers(draw, most, 3), draw.number(0.3, 3)
@@ -248,7 +248,7 @@ def frozen_A(draw: Draw):
             require(all(address(t) != address(x) for t in keeps), "x is kept with A frozen", case, slip)
 
 
-@EXERCISE.property("both: backward multiplies no more than it must")
+@EXERCISE.property("both: backward multiplies no more than it must", inside=True)
 def cost(draw: Draw):
     N, d, out, r, s = 96, 64, 48, 2, 1.5
     x, W, A, B, g = (draw.normal(*shape) for shape in ((N, d), (out, d), (r, d), (out, r), (N, out)))
@@ -297,7 +297,7 @@ class Multiplications(TorchDispatchMode):
         return False
 
 
-@EXERCISE.property("both: neither W + s·BA nor the dropped x is kept for backward")
+@EXERCISE.property("both: neither W + s·BA nor the dropped x is kept for backward", inside=True)
 def kept(draw: Draw):
     N, d, out, r, s = 7, 20, 24, 1, 1.5
     x, W, A, B, base = (draw.normal(*shape) for shape in ((N, d), (out, d), (r, d), (out, r), (N, out)))
