@@ -66,7 +66,13 @@ def test_the_sentence_says_what_would_be_right(words, says, capsys):
     "allowed, inside, outside, words",
     [
         (whole(1, 5), [1, 5], [0, 6, 1.0, True, "3", None, 2**70], "a whole number from 1 to 5"),
-        (ALPHA, [5e-324, 3, 1e308], [0, -1, float("inf"), float("nan"), True, 10**400], "a number above 0"),
+        (
+            ALPHA,
+            [5e-324, 3, 1e9],
+            [0, -1, 1e10, float("inf"), float("nan"), True],
+            "a number above 0 and at most 1,000,000,000",
+        ),
+        (LEARNING_RATE, [5e-324, 3, 1e308], [0, -1, float("inf"), float("nan"), True, 10**400], "a number above 0"),
         (TEMPERATURE, [0, 0.0, 1e308], [-1e-9, float("inf"), float("nan")], "a number of at least 0"),
         (DROPOUT, [0, 0.999], [1, -0.1, float("nan")], "a number of at least 0 and below 1"),
         (TOP_P, [1, 1e-9], [0, 1.001, "0.5"], "a number above 0 and at most 1"),

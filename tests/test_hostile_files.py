@@ -339,8 +339,8 @@ ADAPTER_VALUES = [
     (dict(rank_pattern={"q_proj": True}), "is True; it must be a whole number"),
     (dict(alpha_pattern={"q_proj": True}), "is True; it must be a number above 0"),
     (dict(alpha_pattern={"q_proj": 10**80}), "it must be a number above 0 and at most"),
-    (dict(r=10**9), "r is 1000000000; it must be a whole number of at least 1 and at most"),
-    (dict(r=2**62), "it must be a whole number of at least 1 and at most"),
+    (dict(r=10**9), "r is 1000000000; it must be a whole number from 1 to 65,536"),
+    (dict(r=2**62), "it must be a whole number from 1 to 65,536"),
     (dict(lora_alpha=1e300), "it must be a number above 0 and at most"),
 ]
 

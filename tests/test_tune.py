@@ -170,13 +170,13 @@ def test_the_first_choice_makes_the_file(make_experiment, runs, rates):
 
 def test_what_another_search_stores_meanwhile_is_kept(rates, runs, make_experiment, monkeypatch):
     """Rates are read and written under one lock, which another search waits for."""
-    read = tune_file.read_rates
+    read, locked = tune_file.read_rates, []
 
-    def read_slowly(path):
-        lock = rates.with_name(".rates.json.lock")
-        assert lock.is_file(), "between reading and writing another search may store a rate, which would be lost"
+    def watched(path):
+        locked.append(rates.with_name(".rates.json.lock").is_file())
         return read(path)
 
-    monkeypatch.setattr(tune_file, "read_rates", read_slowly)
+    monkeypatch.setattr(tune_file, "read_rates", watched)
     tune([make_experiment("lora")], progress=False)
+    assert locked[-1], "between the last reading and the writing another search may store a rate, which would be lost"
     assert json.loads(rates.read_text()).keys() == {"words", "json"}

@@ -61,7 +61,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     folder = path.with_name(f".{path.name}.tmp")  # in the same folder: a rename across file systems is a copy
     with writing(path.name, path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path):
             try:
                 shutil.rmtree(folder, ignore_errors=True)

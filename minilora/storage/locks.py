@@ -41,7 +41,7 @@ else:
 
 @contextmanager
 def locked(path: str | Path, patience: float = PATIENCE) -> Iterator[None]:
-    """Holds the lock of a folder, or of a file in a folder that exists. Inside, the same thread may take it again.
+    """Holds the lock of a folder, or of a file, whose folder is made. Inside, the same thread may take it again.
 
     Raises ValueError, with what is known of the other run, where the lock is held for longer than `patience` seconds,
     and OSError where the folder cannot be written.
@@ -52,6 +52,7 @@ def locked(path: str | Path, patience: float = PATIENCE) -> Iterator[None]:
     if key in _held:
         yield
         return
+    file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _wait(file, path, patience)
     _held.add(key)
     try:
