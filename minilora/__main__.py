@@ -65,8 +65,10 @@ def base_of(options, methods: Sequence[str] = ()) -> BaseFolder:
     base = open_base(options.base, device_of(options))
     if options.dtype != "auto":
         return replace(base, dtype=DTYPES[options.dtype])
-    in_half = stored_dtype(base.directory) == torch.bfloat16 and "full" not in methods
-    return replace(base, dtype=torch.bfloat16 if in_half else torch.float32)
+    in_half = stored_dtype(base.directory) == torch.bfloat16
+    if in_half and "full" in methods:
+        print("full fine-tuning loads this bfloat16 base, and writes it, in float32: twice as large", file=sys.stderr)
+    return replace(base, dtype=torch.bfloat16 if in_half and "full" not in methods else torch.float32)
 
 
 def experiments_of(options, methods: list[str]) -> list[Experiment]:
@@ -162,9 +164,10 @@ def merge(options):
     dtype = stored_dtype(base.directory) if options.dtype == "auto" else DTYPES[options.dtype]
     check_apart(options.out, base=base.directory, adapter=options.adapter)
     make_folder(options.out)
-    check_free(options.out, (MODEL_WEIGHTS, MODEL_CONFIG), options.overwrite)
+    companions = base.companions()
+    check_free(options.out, (MODEL_WEIGHTS, MODEL_CONFIG, *companions), options.overwrite)
     model = load_with_adapter(base, options, options.adapter)
-    report = merge_adapter(model, options.out, dtype, base.companions(), options.overwrite)
+    report = merge_adapter(model, options.out, dtype, companions, options.overwrite)
     print(f"merged {options.adapter} into {options.base}: {options.out} ({dtype_name(dtype)})\n{report.text()}")
 
 

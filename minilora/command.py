@@ -32,7 +32,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Within:
-    """Reads a number of a range. To be the `type` of an option, as `a_text` and what stands below it."""
+    """Reads a number of a range: the `type` of an option, as argparse calls what turns a word into a value."""
 
     def __init__(self, allowed: Range):
         self.allowed = allowed

@@ -90,7 +90,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "name": dict(choices=SOURCES, help="of the model"),
     "prompt": dict(nargs="?", type=a_text, help='for example "The quick brown fox"'),
 }
-# Of these an option is given, or another, and not both.
+# Each pair excludes the other.
 EXCLUSIVE = (("--task", "--data"), ("--model", "--base"), ("--learning-rate", "--tune"))
 
 

@@ -35,7 +35,7 @@ class Range:
             raise ValueError(f"{name} is {value!r}; it must be {self}")
 
     def __str__(self) -> str:
-        low, high = (f"{end:,.0f}" if end == round(end) else f"{end:g}" for end in (self.low, self.high))
+        low, high = (f"{int(end):,}" if end == int(end) else f"{end:g}" for end in (self.low, self.high))
         least = f"above {low}" if self.above else f"of at least {low}"
         most = f"below {high}" if self.below else f"at most {high}"
         if self.high == LARGEST:

@@ -1,6 +1,7 @@
 """storage/folders.py: a folder holds one thing, with all that belongs to it, and says so before anything is lost."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -21,7 +22,10 @@ from minilora import (
 )
 from minilora.__main__ import base_of, build_parser, main
 from minilora.experiments.compare import compare
+from minilora.experiments.pretrain import pretrain
 from minilora.experiments.run import finetune
+from minilora.linear4bit import quantize_model
+from minilora.quant import Quantization, dequantize
 from minilora.storage.files import open_safetensors, write_safetensors
 from minilora.storage.models import stored_dtype
 
@@ -139,7 +143,172 @@ def test_what_belonged_to_the_former_model_goes_with_it(tmp_path):
     assert "tokenizer.model" in contents(tmp_path), "without companions nothing is said of them"
 
 
+# What lies in the way, and what a stranger may have put there
+
+
+@pytest.fixture
+def victim(tmp_path):
+    (tmp_path / "victim").mkdir()
+    for name in ("precious.txt", "model.safetensors"):
+        (tmp_path / "victim" / name).write_text("precious")
+    return tmp_path / "victim"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["../victim/precious.txt"],
+        ["{victim}/precious.txt"],
+        ["notes.txt"],
+        ["adapter_model/../../victim/precious.txt"],
+        [1],
+        {},
+        None,
+        ["..", "."],
+    ],
+)
+def test_what_a_stranger_left_to_be_moved_touches_no_other_file(tmp_path, victim, names):
+    folder = tmp_path / "model"
+    save_model(model(1), folder)
+    (folder / "notes.txt").write_text("mine")
+    (folder / ".written").mkdir()
+    if isinstance(names, list):
+        names = [name.format(victim=victim) if isinstance(name, str) else name for name in names]
+    (folder / ".written" / ".obsolete.json").write_text(json.dumps({"names": names}))
+    with pytest.raises(ValueError, match=r"\.written is not what a save"):
+        load_model(folder)
+    assert (folder / "notes.txt").is_file() and len(contents(victim)) == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links need a privilege there")
+def test_links_in_it_are_not_followed(tmp_path, victim):
+    folder = tmp_path / "model"
+    save_model(model(1), folder)
+    only_weights = tmp_path / "weights"
+    shutil.copytree(victim, only_weights, ignore=shutil.ignore_patterns("precious.txt"))
+    (folder / ".written").symlink_to(only_weights)
+    with pytest.raises(ValueError, match="is not what a save"):
+        load_model(folder)
+    (folder / ".written").unlink()
+    (folder / ".written").mkdir()
+    (folder / ".written" / "config.json").symlink_to(victim / "precious.txt")
+    with pytest.raises(ValueError, match="is not what a save"):
+        load_model(folder)
+    assert len(contents(victim)) == 2 and len(contents(only_weights)) == 1
+
+
+def test_a_list_that_is_no_json_is_named(tmp_path):
+    save_model(model(1), tmp_path)
+    (tmp_path / ".written").mkdir()
+    (tmp_path / ".written" / ".obsolete.json").write_text("{]")
+    with pytest.raises(ValueError, match="obsolete.json is not valid JSON"):
+        load_model(tmp_path)
+
+
+def test_files_of_no_model_stay(tmp_path, base, make_experiment, capsys):
+    """A project's folder is no model's, though some names are the same."""
+    project = tmp_path / "project"
+    project.mkdir()
+    for name in ("LICENSE", "tokenizer.py", "vocab.txt", "README.md"):
+        (project / name).write_text("mine")
+    before = contents(project)
+    with pytest.raises(ValueError, match="LICENSE that is of no model"):
+        finetune(make_experiment("full", base=base), project, progress=False)
+    with pytest.raises(ValueError, match="LICENSE that is of no model"):
+        save_model(model(1), project, {"LICENSE": b"other"})
+    assert contents(project) == before
+    (project / "LICENSE").unlink()
+    save_model(model(1), project, {"tokenizer.model": b"pieces"})
+    assert {name: content for name, content in contents(project).items() if content == b"mine"}.keys() == {
+        "tokenizer.py",
+        "vocab.txt",
+        "README.md",
+    }
+
+
+def test_a_folder_in_the_place_of_a_file_is_found_before_anything_is_changed(tmp_path):
+    save_model(model(1), tmp_path)
+    (tmp_path / "LICENSE").mkdir()
+    with pytest.raises(ValueError, match="LICENSE is a folder, where a file"):
+        save_model(model(2), tmp_path, {"LICENSE": b"MIT"})
+    assert load_model(tmp_path).config == model(1).config
+
+
+def test_a_base_below_the_output_is_not_written_over(base, make_experiment, tmp_path):
+    for out, name, method in ((tmp_path / "a", "full-seed0", "full"), (tmp_path / "b", "base", "loftq")):
+        shutil.copytree(base.directory, out / name)
+        experiment = make_experiment(method, base=replace(base, directory=out / name))
+        before = contents(out / name)
+        with pytest.raises(ValueError, match="is the base itself"):
+            if method == "full":
+                compare([experiment], [0], out, progress=False)
+            else:
+                finetune(experiment, out, progress=False)
+        assert contents(out / name) == before
+
+
+def test_pretraining_refuses_the_folder_of_an_adapter_before_it_begins(tmp_path):
+    save_adapter(adapted(1), tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="holds an adapter"):
+        pretrain(tmp_path, 1, progress=False)
+    assert contents(tmp_path) == before
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "training_state.safetensors").touch()
+    with pytest.raises(ValueError, match="unfinished run"):
+        pretrain(other, 1, progress=False)
+
+
+def test_an_adapter_over_a_model_takes_the_model_s_tokenizer_away(tmp_path):
+    save_model(model(1), tmp_path, {"tokenizer.json": b"{}"})
+    save_adapter(adapted(1), tmp_path, overwrite=True)
+    assert sorted(contents(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+# Read while it is written
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a writer beside the reader")
+def test_a_reader_gets_one_state_of_the_folder(tmp_path):
+    written = []
+    for value in (1.0, 2.0):
+        written.append(GPT(GPTConfig(16, 8, 12, 1, 2, 1, rope_theta=value)))
+        for parameter in written[-1].parameters():
+            parameter.data.fill_(value)
+    save_model(written[0], tmp_path)
+    process = os.fork()
+    if process == 0:
+        try:
+            for step in range(80):
+                save_model(written[step % 2], tmp_path)
+        finally:
+            os._exit(0)
+    loads = 0
+    while os.waitpid(process, os.WNOHANG) == (0, 0):
+        found = load_model(tmp_path)
+        values = {found.config.rope_theta, *(value for p in found.parameters() for value in p.unique().tolist())}
+        assert len(values) == 1, f"one model has the values {values}"
+        loads += 1
+    assert loads, "the reader should meet the writer"
+
+
 # In the base's own type
+
+
+def test_merging_into_four_bits_of_bfloat16_sums_in_float32_too(base, make_experiment, tmp_path):
+    save_model(
+        quantize_model(load_model(base.directory).to(torch.bfloat16), Quantization(block_size=16)), base.directory
+    )
+    finetune(make_experiment("qlora", base=base), tmp_path / "adapter", progress=False)
+    adapter, out = tmp_path / "adapter", tmp_path / "out"
+    words = ["merge", "--base", str(base.directory), "--adapter", str(adapter), "--out", str(out), "--dtype", "float32"]
+    assert main(words) == 0
+    layer = load_adapter(load_model(base.directory, torch.float32), adapter).model.layers[0].self_attn.q_proj
+    expected = dequantize(layer.base_layer.quantized, torch.float32) + layer.scaling * layer.lora_B @ layer.lora_A
+    found = load_model(out).model.layers[0].self_attn.q_proj.weight
+    off = (found - expected).abs().max().item()
+    assert off <= 1e-6, f"nothing is rounded to bfloat16 on the way, off by {off:.3g}"
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
@@ -202,7 +371,7 @@ def test_an_adapter_names_its_base_and_the_layers_it_changed(base, make_experime
     finetune(make_experiment(method, base=base), tmp_path / "out", progress=False)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     expected = tmp_path / "out" / "base" if method == "loftq" else base.directory
-    assert config["base_model_name_or_path"] == str(expected)
+    assert config["base_model_name_or_path"] == str(expected.resolve())
     if method == "prefix":
         return
     assert config["target_modules"] == "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj".split()

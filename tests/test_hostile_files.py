@@ -279,6 +279,8 @@ def test_json_as_transformers_writes_it_is_read():
 
 EXPLODING = [
     "(a+)+$",
+    "(?i)(?:a|A|b|B|c|C)*!",
+    "(?i:(?:a|A|b|B|c|C)*)!",
     "(.*)*z",
     "(.|.)*z",
     "(.|a|.a)+z",

@@ -112,6 +112,37 @@ def test_the_lock_is_of_the_file_that_has_the_name(tmp_path, monkeypatch):
         os.close(descriptor)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a child of the holder")
+def test_a_child_of_the_holder_does_not_hold_the_lock(tmp_path):
+    with locked(tmp_path):
+        process = os.fork()
+        if process == 0:
+            try:
+                with locked(tmp_path, patience=0):
+                    os._exit(1)
+            except ValueError:
+                os._exit(0)
+        assert os.waitpid(process, 0)[1] == 0, "the child should be refused"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links need a privilege there")
+def test_one_folder_by_two_names_is_one_folder(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    with locked(tmp_path / "folder"), locked(tmp_path / "link", patience=0):
+        pass
+
+
+def test_a_full_disk_takes_the_note_and_not_the_lock(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    for _ in range(2):
+        with locked(tmp_path, patience=0):
+            pass
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="two writers without a second start of torch")
 def test_two_adapters_saved_at_once_are_never_mixed(tmp_path):
     states = {}

@@ -26,7 +26,8 @@ def compile_pattern(pattern: str) -> re.Pattern:
     if len(pattern) > LARGEST_PATTERN:
         raise ValueError(f"an expression of {len(pattern)} characters is too long; at most {LARGEST_PATTERN} are taken")
     try:
-        ways, repeats = count_ways(parser.parse(pattern))
+        # Letters that differ exclude each other, unless a flag such as (?i) makes them the same.
+        ways, repeats = count_ways(parser.parse(pattern), exclusive=not re.search(r"\(\?[a-zA-Z]*i", pattern))
         # k repetitions side by side share n letters in (n + k choose k) ways
         if ways * math.comb(LETTERS + repeats, repeats) > LARGEST_WORK:
             raise ValueError(f"the expression {pattern[:100]!r} could match in too many ways; repeat less in it")
@@ -35,20 +36,22 @@ def compile_pattern(pattern: str) -> re.Pattern:
         raise ValueError(f"{pattern[:100]!r} is not a regular expression: {error}") from None
 
 
-def count_ways(part: Any) -> tuple[int, int]:
-    """Of a parsed expression: in how many ways its options can be taken, and how many repetitions lie in one way."""
+def count_ways(part: Any, exclusive: bool) -> tuple[int, int]:
+    """Of a parsed expression: in how many ways its options can be taken, and how many repetitions lie in one way.
+
+    exclusive: of alternatives that begin with different letters, one can match at most.
+    """
     ways, repeats = 1, 0
     for operation, value in part:
-        inner = [count_ways(each) for each in parts_of(value)]
+        inner = [count_ways(each, exclusive) for each in parts_of(value)]
         kind = str(operation)
         if "REPEAT" in kind and value[1] > 1:
             if inner != [(1, 0)]:
                 raise ValueError("the expression repeats a part that has several ways to match by itself")
             repeats += 1
         elif kind == "BRANCH":
-            # of alternatives that begin with different letters, one can match at most
             letters = {each[0][1] for each in value[1] if len(each) and str(each[0][0]) == "LITERAL"}
-            ways *= (max if len(letters) == len(value[1]) else sum)(each for each, _ in inner)
+            ways *= (max if exclusive and len(letters) == len(value[1]) else sum)(each for each, _ in inner)
             repeats += max(each for _, each in inner)
         else:
             ways *= math.prod(each for each, _ in inner) + ("REPEAT" in kind)  # x? may also be left out

@@ -53,7 +53,9 @@ def compare(experiments: list[Experiment], seeds: list[int], out: Path, progress
             raise ValueError(f"each {what} is compared once, and there must be one; these are {list(named)}")
     for seed in seeds:  # the last one is not to be refused when the others have run
         SEED.check("seed", seed)
-    check_apart(out, base=experiments[0].base.directory)
+    written = [f"{experiment.method}-seed{seed}" for experiment in experiments for seed in seeds]
+    for name in ("", "loftq-base", *written):
+        check_apart(out / name, base=experiments[0].base.directory)
     make_folder(out)
     with locked(out, patience=0):
         return _compare(experiments, seeds, out, progress)
@@ -71,7 +73,7 @@ def _compare(experiments: list[Experiment], seeds: list[int], out: Path, progres
             finished = run(seeded, progress=progress)
             seconds = time.perf_counter() - began
             if experiment.method == "loftq":
-                vars(finished.model)["name_or_path"] = str(out / "loftq-base")
+                vars(finished.model)["name_or_path"] = str((out / "loftq-base").resolve())
             rows.append(describe(finished, out / f"{experiment.method}-seed{seed}", seconds))
             if seed == seeds[0]:
                 first_runs.append(finished)

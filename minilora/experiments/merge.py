@@ -58,7 +58,8 @@ def merge_adapter(
 ) -> MergeReport:
     """Merges the model's LoRA layers, dequantizing first where the base is in 4 bits, and saves it as a plain model.
 
-    dtype: of the weights as they are written; None keeps the model's own, in which the sum is computed in any case.
+    dtype: of the weights as they are written; None keeps the model's own. The sum is computed in the model's own, so a
+    model in half precision is better loaded in float32.
     companions, overwrite: as in save_model. The model is changed, and fit for nothing afterwards. Raises what
     merge_lora and save_model raise.
     """

@@ -10,6 +10,7 @@ import random
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,9 +19,12 @@ from tqdm import tqdm
 from minilora.inference.evaluate import evaluate_world
 from minilora.model import GPT, GPTConfig
 from minilora.ranges import PRETRAINING_STEPS
+from minilora.storage.config import MODEL_CONFIG
 from minilora.storage.files import make_folder, write_json
+from minilora.storage.folders import check_free
 from minilora.storage.locks import locked
-from minilora.storage.models import save_model
+from minilora.storage.models import MODEL_WEIGHTS, save_model
+from minilora.storage.training_state import check_resume
 from minilora.text import words
 from minilora.text.batches import Batches, pack
 from minilora.text.english import python_documentation
@@ -79,17 +83,21 @@ def pretraining_rows(tokenizer: AnyTokenizer, tokens: int, seed: int) -> Batches
 def pretrain(out: Path, steps: int, seed: int = 0, device: str = "cpu", resume: bool = False, progress: bool = True):
     """Writes a base model, its tokenizer and `record.json` to the folder `out`. Returns the record.
 
-    Raises ValueError, before anything is written, for steps or a seed out of range, and where another run writes `out`.
+    Raises ValueError, before anything is written, for steps or a seed out of range, where another run writes `out`,
+    where `out` holds anything but a model, and for an unfinished run there that is not to be resumed.
     """
     config = pretraining_config(steps, seed)
     make_folder(out)
     with locked(out, patience=0):
+        check_resume(out / "training_state.safetensors", resume)
+        check_free(out, (MODEL_WEIGHTS, MODEL_CONFIG, Tokenizer.file_name))
         return _pretrain(out, config, device, resume, progress)
 
 
 def _pretrain(out: Path, config: TrainConfig, device: str, resume: bool, progress: bool) -> dict:
     steps, seed = config.steps, config.seed
-    tokenizer = make_tokenizer(out / "tokenizer.model")
+    with TemporaryDirectory() as apart:  # it goes to `out` together with the model
+        tokenizer = make_tokenizer(Path(apart) / Tokenizer.file_name)
     data = pretraining_rows(tokenizer, steps * config.batch_size * ROW, seed)
     documents = World().documents(300, seed="pretrain validation")
     encoded = [tokenizer.encode(document.text) for document in documents]
@@ -100,7 +108,7 @@ def _pretrain(out: Path, config: TrainConfig, device: str, resume: bool, progres
     began = time.perf_counter()
     history = train(model, data, config, validation, **how)
     wall_seconds = time.perf_counter() - began
-    save_model(model, out)
+    save_model(model, out, {Tokenizer.file_name: tokenizer.definition})
     report = evaluate_world(model.float(), tokenizer, count=300)
     machine: dict[str, str | int] = {"processor": platform.processor() or platform.machine(), "device": device}
     machine |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}

@@ -24,6 +24,7 @@ from minilora.storage.locks import locked
 from minilora.storage.models import MODEL_WEIGHTS, save_model
 from minilora.storage.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from minilora.storage.prompts import save_prompt
+from minilora.storage.training_state import check_resume
 from minilora.text.datasets import PYTHON_CODE, Dataset
 from minilora.text.tasks import TASKS
 from minilora.text.tokenizer import open_tokenizer
@@ -195,7 +196,8 @@ def finetune(
     LoftQ's adapter fits a base that LoftQ made itself, which is written to `out`/base. `overwrite` replaces a model by
     an adapter or an adapter by a model; without it, `out` must not hold the other kind. One run writes `out` at a time.
     """
-    check_apart(out, base=experiment.base.directory)
+    for folder in (out, out / "base"):  # the second is LoftQ's
+        check_apart(folder, base=experiment.base.directory)
     make_folder(out)
     with locked(out, patience=0):
         return _finetune(experiment, out, resume, progress, overwrite)
@@ -203,15 +205,13 @@ def finetune(
 
 def _finetune(experiment: Experiment, out: Path, resume: bool, progress: bool, overwrite: bool) -> dict:
     state = out / "training_state.safetensors"
-    if resume and not state.exists():
-        raise ValueError(f"nothing to resume: {state} is not there (a finished run removes it)")
-    if state.exists() and not resume:
-        raise ValueError(f"{state} holds an unfinished run: continue it with --resume, or remove it to begin anew")
-    check_free(out, files_of(experiment.method), overwrite)
+    check_resume(state, resume)
+    companions = experiment.base.companions() if experiment.method == "full" else {}
+    check_free(out, (*files_of(experiment.method), *companions), overwrite)
     finished = run(experiment, state, resume, progress)
     model, base, dataset = finished.model, experiment.base, experiment.dataset
     if experiment.method == "loftq":
-        vars(model)["name_or_path"] = str(out / "base")
+        vars(model)["name_or_path"] = str((out / "base").resolve())
     size = finished.save(out, overwrite)
     trainable, total = count_parameters(model)
     summary = {

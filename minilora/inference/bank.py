@@ -28,6 +28,7 @@ from minilora.inference.generate import generate
 from minilora.linear4bit import replace_module
 from minilora.model import GPT, KVCache
 from minilora.storage.adapters import read_adapter
+from minilora.storage.folders import read_whole
 
 
 class BankedLinear(nn.Module):
@@ -125,7 +126,8 @@ class AdapterBank:
             raise ValueError(f"{name!r} is not a name for an adapter; a plain word without slashes is")
         self._check_unused(name)
         if not isinstance(adapter, Adapter):
-            adapter = read_adapter(self.model, adapter, force)
+            folder = Path(adapter)
+            adapter = read_whole(folder, lambda: read_adapter(self.model, folder, force))
         if adapter.magnitude:
             raise ValueError(f"adapter {name!r} is DoRA's, which scales rows of W; a bank shares W among all rows")
         for layer in adapter.A.keys() | adapter.B.keys():

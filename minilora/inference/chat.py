@@ -6,6 +6,7 @@ and what no longer fits its positions is forgotten, the oldest first.
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from minilora.adapters.prompts import Prompt
@@ -13,6 +14,7 @@ from minilora.adapters.swap import AdapterShelf
 from minilora.inference.generate import stream
 from minilora.model import GPT
 from minilora.storage.adapters import read_adapter
+from minilora.storage.folders import read_whole
 from minilora.storage.peft import peft_type
 from minilora.storage.prompts import PROMPTS
 from minilora.text.chat import Message, chat_ids, template_of
@@ -78,7 +80,7 @@ def open_shelf(model: GPT, folders: Sequence[Path], force: bool = False) -> Adap
             raise ValueError(f"{folder} holds a prompt, and a conversation switches between LoRA adapters only")
         if name in shelf.names:
             raise ValueError(f"two adapters are called {name!r}, after their folders; rename one of these")
-        shelf.add(name, read_adapter(model, folder, force))
+        shelf.add(name, read_whole(folder, partial(read_adapter, model, folder, force)))
     if shelf.names:
         shelf.switch(shelf.names[0])
     return shelf

@@ -20,6 +20,7 @@ from minilora.config import LoRAConfig
 from minilora.model import GPT
 from minilora.storage.files import check_finite, check_tensors, naming, open_safetensors, read_json, shapes_of, shown
 from minilora.storage.fingerprint import base_weights
+from minilora.storage.folders import read_whole
 from minilora.storage.models import EMBEDDING, HEAD, check_directory, check_type, read_header
 from minilora.storage.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_base, check_foreign, write_adapter
 
@@ -59,14 +60,19 @@ def load_adapter(model: GPT, directory: str | Path, force: bool = False) -> GPT:
     ValueError for LoRA layers that are merged or have another config. After an error the model is as it was.
     """
     directory, layers = Path(directory), dict(lora_layers(model))
-    if not layers:
-        apply_adapter(model, read_adapter(model, directory, force))
-        return model
-    check_directory(directory)
-    _check_same_config(model, _read_config(directory / ADAPTER_CONFIG), directory)
     if any(layer.merged for layer in layers.values()):
         raise ValueError("the model's LoRA layers are merged; unmerge_lora(model) before loading an adapter")
-    adapter = read_adapter(model, directory, force)
+
+    def read() -> Adapter:
+        check_directory(directory)
+        if layers:
+            _check_same_config(model, _read_config(directory / ADAPTER_CONFIG), directory)
+        return read_adapter(model, directory, force)
+
+    adapter = read_whole(directory, read)
+    if not layers:
+        apply_adapter(model, adapter)
+        return model
     for name, layer in layers.items():
         adapter.fill(name, layer)
     vars(model)["lora_config"] = replace(vars(model)["lora_config"], init_lora_weights=True)

@@ -1,8 +1,8 @@
 """One writer at a time: a lock on a file or a folder, which ends with its holder, however the holder ends.
 
 Two runs that write the same folder would each be whole, and what stays would be a mixture. So who writes holds a lock
-of the operating system on a small file, and the system takes the lock back from a program that is killed: a lock is
-never left behind. The file says who holds it, and goes when the lock does.
+of the operating system on a small file, and the system takes the lock back from a program that is killed. The file says
+who holds it. It goes when the lock does, but for one that a killed program leaves, which locks nobody out.
 """
 
 import os
@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PATIENCE = 10.0  # seconds to wait for another writer; a save takes less
-_held: set[tuple[Path, int]] = set()  # lock files, each with the thread that holds it
+_held: set[tuple[Path, int, int]] = set()  # lock files, each with the process and the thread that hold it
 
 if sys.platform == "win32":
     import msvcrt
@@ -41,14 +41,15 @@ else:
 
 @contextmanager
 def locked(path: str | Path, patience: float = PATIENCE) -> Iterator[None]:
-    """Holds the lock of a folder, or of a file, whose folder is made. Inside, the same thread may take it again.
+    """Holds the lock of a folder that exists, or else of a file, whose folder is made. Inside, the same thread may take
+    it again.
 
     Raises ValueError, with what is known of the other run, where the lock is held for longer than `patience` seconds,
     and OSError where the folder cannot be written.
     """
     path = Path(path)
     file = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
-    key = file.absolute(), threading.get_ident()
+    key = file.resolve(), os.getpid(), threading.get_ident()
     if key in _held:
         yield
         return
@@ -74,9 +75,7 @@ def _wait(file: Path, path: Path, patience: float) -> int:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         if _take(descriptor):
             if _is(file, descriptor):
-                os.ftruncate(descriptor, 0)
-                os.lseek(descriptor, 0, os.SEEK_SET)
-                os.write(descriptor, f"process {os.getpid()}: {' '.join(sys.argv[1:])}".encode(errors="replace")[:200])
+                _sign(file, descriptor)
                 return descriptor
         elif time.monotonic() >= end:
             os.close(descriptor)
@@ -85,6 +84,15 @@ def _wait(file: Path, path: Path, patience: float) -> int:
         else:
             time.sleep(0.01)
         os.close(descriptor)
+
+
+def _sign(file: Path, descriptor: int):
+    """Says in the file who holds it, and lets other users lock it once it is free. On a full disk it says nothing."""
+    with suppress(OSError):
+        os.chmod(file, 0o666)
+        os.ftruncate(descriptor, 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, f"process {os.getpid()}: {' '.join(sys.argv[1:])}".encode(errors="replace")[:200])
 
 
 def _is(file: Path, descriptor: int) -> bool:

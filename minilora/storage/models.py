@@ -34,7 +34,7 @@ from minilora.storage.files import (
     shown,
 )
 from minilora.storage.fingerprint import base_weights
-from minilora.storage.folders import settle, write_pair
+from minilora.storage.folders import read_whole, settle, write_pair
 from minilora.storage.gguf import is_gguf, open_gguf
 from minilora.storage.quantized import layer_tensors, quantization_settings, quantized_parts, read_layer
 
@@ -57,6 +57,12 @@ def load_model(
     another architecture, for missing, extra and mis-shaped tensors (each by name), tensors with NaN or infinity in them
     and damaged 4-bit layers (by name), and for a truncated file.
     """
+    if is_gguf(directory):
+        return _read_model(directory, dtype, device, quantization)
+    return read_whole(Path(directory), lambda: _read_model(directory, dtype, device, quantization))
+
+
+def _read_model(directory: str | Path, dtype: torch.dtype | None, device, quantization: Quantization | None) -> GPT:
     checkpoint = open_checkpoint(directory)
     config = read_config(checkpoint.settings, checkpoint.config_path)
     files, types, shapes = checkpoint.files, checkpoint.types, dict(checkpoint.shapes)
@@ -89,7 +95,7 @@ def load_model(
     check_tensors(checkpoint.path, expected, shapes)
     for name in expected:
         check_type(name, types[name], files[name])
-    dtype = dtype or _widest(types[name] for name in expected)
+    asked, dtype = dtype, dtype or _widest(types[name] for name in expected)
 
     def stored(part: str) -> Tensor:  # of a 4-bit layer, which checks its own numbers
         return checkpoint.read(part).to(device=device, copy=True)
@@ -98,6 +104,7 @@ def load_model(
         linear = linears[name]
         with naming(f"{name} in {files[parts[0]]}"):
             quantized = read_layer({part.removeprefix(f"{name}."): stored(part) for part in parts}, linear.weight.shape)
+        quantized = replace(quantized, dtype=asked or quantized.dtype)  # of the weight that the codes stand for
         replace_module(model, name, Linear4bit.from_linear(linear, quantized))
     for name in expected:
         module, _, leaf = name.rpartition(".")
@@ -112,7 +119,7 @@ def load_model(
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight  # the new parameter, no longer the one on meta
     vars(model)["token_ids"] = {key: checkpoint.settings[key] for key in TOKEN_IDS if key in checkpoint.settings}
-    vars(model)["name_or_path"] = str(directory)  # where an adapter says that its base came from
+    vars(model)["name_or_path"] = str(Path(directory).resolve())  # where an adapter says that its base came from
     return model
 
 
@@ -127,7 +134,9 @@ def stored_dtype(directory: str | Path) -> torch.dtype:
 
 
 def _widest(kinds: Iterable[str]) -> torch.dtype:
-    return reduce(torch.promote_types, (FLOAT_TYPES[kind] for kind in kinds))
+    """float32 of none, a file without tensors, which is refused where their names are checked."""
+    known = [FLOAT_TYPES[kind] for kind in kinds]
+    return reduce(torch.promote_types, known) if known else torch.float32
 
 
 @dataclass

@@ -95,7 +95,7 @@ def check_base(model: GPT, directory: Path):
     elif ours:
         difference = " (both in 4 bits, but of other weights: a LoftQ adapter fits the base saved with it)"
     fault = f"was trained on another base than this model{difference}"
-    raise ValueError(f"{directory} {fault}; force=True loads it all the same")
+    raise ValueError(f"{directory} {fault}; force=True (--force) loads it all the same")
 
 
 def _note(path: Path, key: str) -> str | None:

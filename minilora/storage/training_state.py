@@ -125,6 +125,14 @@ def check_consistent(path: str | Path, step: int, history: dict, settings: dict,
         raise ValueError(f"{path} holds a random/cpu that is not the state of a generator: {error}") from None
 
 
+def check_resume(path: Path, resume: bool):
+    """Raises ValueError where a run is to be resumed that has left no state at `path`, or begun over one that has."""
+    if resume and not path.exists():
+        raise ValueError(f"nothing to resume: {path} is not there (a finished run removes it)")
+    if path.exists() and not resume:
+        raise ValueError(f"{path} holds an unfinished run: continue it with --resume, or remove it to begin anew")
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 

@@ -74,5 +74,5 @@ def end_ids_beside(path: Path) -> set[int]:
     ends: set[int] = set()
     for file in (path.with_name(GENERATION_CONFIG), path.with_name("config.json")):
         named = read_json(file).get("eos_token_id") if file.is_file() else None
-        ends |= {id for id in (named if isinstance(named, list) else [named]) if type(id) is int}
+        ends |= {id for id in (named if isinstance(named, list) else [named]) if type(id) is int and 0 <= id < 2**31}
     return ends
