@@ -5,7 +5,7 @@ Each verb is a function below that hands its options to the package. Bad input e
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -13,26 +13,26 @@ from typing import Any
 
 import torch
 
-from minilora.command import HelpFormatter, Parser, number, run_command, unescape
+from minilora.command import HelpFormatter, Parser, run_command, unescape
 from minilora.config import LoRAConfig
 from minilora.dtypes import DTYPES, dtype_name
 from minilora.experiments import bench as benchmarks
 from minilora.experiments import bench_model
+from minilora.experiments.claims import ledger
 from minilora.experiments.compare import compare as compare_methods
 from minilora.experiments.merge import merge_adapter
 from minilora.experiments.methods import BaseFolder, Experiment
 from minilora.experiments.pretrain import pretrain as pretrain_base
 from minilora.experiments.run import borrowed_rate, open_base, schedule, tuned_learning_rate
 from minilora.experiments.run import finetune as finetune_method
-from minilora.experiments.simulate import SIMULATED_DTYPES, SIMULATED_METHODS, simulate
+from minilora.experiments.simulate import simulate
 from minilora.experiments.tune import grid_of, tune
 from minilora.inference.chat import Conversation, open_shelf, talk, typed_lines, write
 from minilora.inference.evaluate import evaluate_world, score_task
 from minilora.inference.generate import stream
 from minilora.model import GPT
-from minilora.options import CONVERSE, EXCLUSIVE, OPTIONS, device_of, targets_of
+from minilora.options import CHANGES, CONVERSE, EXCLUSIVE, OPTIONS, TASK, device_of, targets_of
 from minilora.quant import Quantization
-from minilora.ranges import COUNT, PRETRAINING_STEPS, SEQUENCE
 from minilora.storage.adapters import load_adapter
 from minilora.storage.config import MODEL_CONFIG, load_config
 from minilora.storage.files import make_folder
@@ -50,7 +50,6 @@ from minilora.text.tasks import load_task
 
 # Fields of TrainConfig, by name.
 LOOP_OPTIONS = ("accumulation_steps", "gradient_checkpointing", "group_by_length", "precision", "save_every")
-TASK = "json"  # where neither task nor data is named
 RUN_OPTIONS = ("steps", "batch_size", *LOOP_OPTIONS)
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")  # of `stream` and `Conversation`, by name
 
@@ -200,6 +199,17 @@ def convert(options):
     print(f"converted {options.file}: {options.out}")
 
 
+def claims(options):
+    """The ledger of claims about LoRA: list prints the verdicts, run NAME measures one, show NAME prints its runs."""
+    if options.action == "list":
+        return print(ledger.table())
+    if options.claim is None:
+        raise ValueError(f"claims {options.action} takes the name of a claim: {', '.join(ledger.CLAIMS)}")
+    if options.action == "run":
+        ledger.run_claim(options.claim, options.scale, options.seeds, device_of(options))
+    print(ledger.details(options.claim, options.scale))
+
+
 def load_base(base: BaseFolder, options, adapter: Path | None = None) -> GPT:
     """The base as --quantize says, and by default as the adapter's base was when the adapter was trained."""
     if options.quantize == "auto":
@@ -237,35 +247,7 @@ VERBS = {
     bench: ("--rounds", "--base"),
     get: ("name",),
     convert: ("file", "--out", "--overwrite"),
-}
-# By verb, the options that differ from the table above.
-CHANGES: dict[Callable, dict[str, dict[str, Any]]] = {
-    compare: {"--task": dict(help=f"of the tiny world ({TASK})"), "--out": dict(default=Path("runs/compare"))},
-    finetune: {"--task": dict(help=f"of the tiny world ({TASK})"), "--out": dict(default=Path("runs/finetune"))},
-    pretrain: {
-        "--steps": number(PRETRAINING_STEPS, "optimizer steps", default=9000),
-        "--out": dict(default=Path("runs/base")),
-    },
-    convert: {"--out": dict(required=True)},
-    generate: {"--adapter": dict(action="append", help="an adapter folder; more than one for a conversation")},
-    evaluate: {
-        "--count": number(COUNT, "questions of each kind"),
-        "--task": dict(help="its questions instead of those of the world"),
-    },
-    bench: {"--base": dict(default=None, help="a real model instead: a folder, a GGUF file, or a name that get knows")},
-    merge: {
-        "--adapter": dict(required=True),
-        "--dtype": dict(help="of the weights that are written (auto: the base's own)"),
-        "--out": dict(default=Path("runs/merged")),
-    },
-    memory: {
-        "--base": dict(default=None, help="a model folder in Llama layout instead; only its config.json is read"),
-        "--dtype": dict(choices=SIMULATED_DTYPES, default="bfloat16"),
-        "--method": dict(choices=SIMULATED_METHODS),
-        "--targets": dict(default="q_proj,v_proj"),
-        "--batch-size": dict(default=1),
-        "--sequence-length": number(SEQUENCE, "tokens", default=2048),
-    },
+    claims: ("action", "claim", "--scale", "--seeds"),
 }
 
 
@@ -279,7 +261,7 @@ def build_parser() -> argparse.ArgumentParser:
         groups = {pair: verb.add_mutually_exclusive_group() for pair in EXCLUSIVE if set(pair) <= set(names)}
         for name in ("--seed", "--device", *names):
             place = next((group for pair, group in groups.items() if name in pair), verb)
-            place.add_argument(name, **{**OPTIONS[name], **CHANGES.get(function, {}).get(name, {})})
+            place.add_argument(name, **{**OPTIONS[name], **CHANGES.get(function.__name__, {}).get(name, {})})
     return parser
 
 

@@ -1,6 +1,7 @@
 """Every option of the command line, once; `__main__.py` says which verb has which, and where a verb differs."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from minilora import ranges
 from minilora.command import a_name, a_path, a_text, number
 from minilora.experiments.methods import DEFAULT_METHODS, METHODS, Experiment
 from minilora.experiments.run import BASE
+from minilora.experiments.simulate import SIMULATED_DTYPES, SIMULATED_METHODS
 from minilora.levels import LEVELS
 from minilora.presets import PRESETS
 from minilora.quant import BLOCK_SIZES, QLORA
@@ -17,6 +19,7 @@ from minilora.text.datasets import HELD_OUT, PYTHON_CODE
 from minilora.text.instruction_sets import SCORERS
 from minilora.text.tasks import TASKS
 
+TASK = "json"  # where neither a task nor data is named
 CONVERSE = object()  # what --chat is without a question
 DATA_HELP = (
     f"instead of a task: {', '.join(SCORERS)} (its pirate is not the task of that name), or your own FILE.jsonl of "
@@ -74,6 +77,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--resume": FLAG | dict(help="continue the run whose state is under --out"),
     "--rounds": number(ranges.ROUNDS, "of the actions in turn (5; of a real model 3)"),
     "--save-every": number(ranges.EVERY, "steps between saved states, 0 for the last alone", default=50),
+    "--scale": dict(choices=("tiny", "smollm2"), default="tiny", help="the shipped base, or the real model"),
     "--scheme": dict(choices=LEVELS, default=QLORA.scheme, help="4 bits of the base, qlora and loftq"),
     "--seed": number(ranges.SEED, default=0),
     "--seeds": number(ranges.SEEDS, "how many seeds, counted up from --seed", default=1),
@@ -86,9 +90,43 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--top-p": number(ranges.TOP_P, "only the likeliest tokens, of this probability together"),
     "--tune": FLAG | dict(help="choose learning rates on the grid and store them"),
     "--virtual-tokens": number(ranges.VIRTUAL_TOKENS, "of soft-prompt and prefix", default=Experiment.virtual_tokens),
+    "action": dict(nargs="?", choices=("list", "run", "show"), default="list", help="what to do with the ledger"),
+    "claim": dict(nargs="?", type=a_name, help="the name of a claim, to run or to show"),
     "file": dict(type=a_path, help="a GGUF file"),
     "name": dict(choices=SOURCES, help="of the model"),
     "prompt": dict(nargs="?", type=a_text, help='for example "The quick brown fox"'),
+}
+# By verb, the options that differ from the table above.
+CHANGES: dict[str, dict[str, dict[str, Any]]] = {
+    "compare": {"--task": dict(help=f"of the tiny world ({TASK})"), "--out": dict(default=Path("runs/compare"))},
+    "finetune": {"--task": dict(help=f"of the tiny world ({TASK})"), "--out": dict(default=Path("runs/finetune"))},
+    "pretrain": {
+        "--steps": number(ranges.PRETRAINING_STEPS, "optimizer steps", default=9000),
+        "--out": dict(default=Path("runs/base")),
+    },
+    "convert": {"--out": dict(required=True)},
+    "generate": {"--adapter": dict(action="append", help="an adapter folder; more than one for a conversation")},
+    "evaluate": {
+        "--count": number(ranges.COUNT, "questions of each kind"),
+        "--task": dict(help="its questions instead of those of the world"),
+    },
+    "claims": {"--seeds": number(ranges.PAIRS, "how many seeds of each arm (as planned)", default=None)},
+    "bench": {
+        "--base": dict(default=None, help="a real model instead: a folder, a GGUF file, or a name that get knows")
+    },
+    "merge": {
+        "--adapter": dict(required=True),
+        "--dtype": dict(help="of the weights that are written (auto: the base's own)"),
+        "--out": dict(default=Path("runs/merged")),
+    },
+    "memory": {
+        "--base": dict(default=None, help="a model folder in Llama layout instead; only its config.json is read"),
+        "--dtype": dict(choices=SIMULATED_DTYPES, default="bfloat16"),
+        "--method": dict(choices=SIMULATED_METHODS),
+        "--targets": dict(default="q_proj,v_proj"),
+        "--batch-size": dict(default=1),
+        "--sequence-length": number(ranges.SEQUENCE, "tokens", default=2048),
+    },
 }
 # Each pair excludes the other.
 EXCLUSIVE = (("--task", "--data"), ("--model", "--base"), ("--learning-rate", "--tune"))

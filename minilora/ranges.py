@@ -60,6 +60,7 @@ LEARNING_RATE = POSITIVE
 SEED = whole(0, 2**32 - 1)  # as NumPy's; rows.py makes a million seeds of each, and torch takes 64 bits
 TORCH_SEED = whole(-(2**63), 2**64 - 1)  # what torch itself takes
 SEEDS = whole(1, 1000)
+PAIRS = whole(2, 10)  # of seeds, for an interval
 # LoRA and its relatives
 RANK = whole(1, 2**16)
 ALPHA = Range(0, 1e9, above=True)  # an update scaled by more is no number
