@@ -208,6 +208,8 @@ def claims(options):
     if options.action == "run":
         ledger.run_claim(options.claim, options.scale, options.seeds, device_of(options))
     print(ledger.details(options.claim, options.scale))
+    if path := ledger.draw(options.claim, options.scale, Path("runs/claims")):
+        print(f"the figure is in {path}")
 
 
 def load_base(base: BaseFolder, options, adapter: Path | None = None) -> GPT:

@@ -178,3 +178,15 @@ def memory_bars(splits: dict[str, dict[str, int]], title: str = "Memory of a tra
         axes.bar_label(bars, list(map(EngFormatter("B", places=1), values)), padding=3, fontsize=7)
     rows_downward(axes, names, "B", 0.15, [place + 0.4 - height / 2 for place in range(len(names))])
     return finished(figure, axes, xlabel="bytes of tensors (k, M, G: powers of 1000)", title=title)
+
+
+def paired_losses(losses: dict[str, dict[int, float]], title: str) -> Figure:
+    """The best validation loss of each arm, by seed; a line joins what one seed gave in all arms."""
+    figure, (axes,) = new_figure()
+    for seed in next(iter(losses.values())):
+        axes.plot(list(losses), [arm.get(seed) for arm in losses.values()], color="#BBBBBB", linewidth=1, zorder=1)
+    for place, (arm, by_seed) in enumerate(losses.items()):
+        axes.scatter([place] * len(by_seed), list(by_seed.values()), color=look_of(arm).colour, zorder=2)
+    axes.margins(x=0.3)
+    axes.set(ylabel="best validation loss (nats/token)", title=title)
+    return figure

@@ -44,13 +44,22 @@ class Rule(Protocol):
 
 
 @dataclass(frozen=True)
-class Lower:
-    """The claim says that `arm` reaches a lower loss than `than`, by `least` percent or more."""
+class Difference:
+    """By how many percent of `than`'s loss the loss of `arm` lies below it, paired by seed.
+
+    gain: the claim says that it lies lower by `least` percent or more. Without, that it lies higher by no more than
+    that. `least` is what seeds and rounding alone move a loss by: less is no reason to choose.
+    """
 
     arm: str
     than: str
+    gain: bool = True
     least: float = 5.0
     measure: str = "best_validation_loss"
+
+    @property
+    def bar(self) -> float:
+        return self.least if self.gain else -self.least
 
     @property
     def statistic(self) -> str:
@@ -58,17 +67,22 @@ class Lower:
 
     @property
     def words(self) -> str:
-        return (
-            f"holds if the 90 % interval lies above {self.least:g} %, fails if it lies below, and is open in between: "
-            f"seeds and rounding alone move a loss by up to {self.least:g} %, so less is no reason to choose"
-        )
+        return f"holds if the 90 % interval lies above {self.bar:g} %, fails if it lies below, and is open in between"
 
     def decide(self, runs: Runs) -> Finding:
         pairs = sorted(runs[self.arm].keys() & runs[self.than].keys())
         losses = [(runs[self.arm][seed][self.measure], runs[self.than][seed][self.measure]) for seed in pairs]
         low, number, high = interval([100 * (than - arm) / than for arm, than in losses])
-        verdict = "holds" if low > self.least else "fails" if high < self.least else "open"
+        verdict = "holds" if low > self.bar else "fails" if high < self.bar else "open"
         return Finding(verdict, number, low, high, len(pairs))
+
+
+def better(arm: str, than: str) -> Difference:
+    return Difference(arm, than)
+
+
+def no_worse(arm: str, than: str) -> Difference:
+    return Difference(arm, than, gain=False)
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:

@@ -7,18 +7,20 @@ seed that is not reported. Every run is stored as it ends, in data/claims/NAME.S
 import datetime
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from minilora.config import LoRAConfig
+from minilora.experiments import figures
 from minilora.experiments.claims import variants
 from minilora.experiments.claims.claim import Arm, Claim, Finding, Plan
 from minilora.experiments.methods import BaseFolder, Experiment
 from minilora.experiments.run import BASE, DATA, open_base, run, schedule
 from minilora.experiments.tune import TUNING_SEED, grid_of, search
 from minilora.inference.evaluate import score_task
-from minilora.storage.files import read_json, write_json
+from minilora.storage.files import read_json, replacing, write_json
 from minilora.storage.locks import locked
 from minilora.text.datasets import Dataset, load_dataset
 from minilora.train_settings import NonFiniteError
@@ -43,9 +45,28 @@ def file_of(claim: Claim, scale: str) -> Path:
 
 
 def stored(claim: Claim, scale: str) -> list[dict]:
-    """The records of the runs so far: arm, seed, learning_rate, losses. Those with TUNING_SEED chose the rates."""
-    path = file_of(claim, scale)
-    return read_json(path)["runs"] if path.is_file() else []
+    """The records of the runs so far: arm, seed, learning_rate, losses. Those with TUNING_SEED chose the rates.
+
+    Raises ValueError for runs of another plan than the claim's.
+    """
+    path, steps = file_of(claim, scale), claim.plans[scale].steps
+    records = read_json(path)["runs"] if path.is_file() else []
+    for record in records:
+        if record["arm"] not in claim.arms or record["steps"] != steps:
+            what = f"a run of {record['arm']} with {record['steps']} steps"
+            raise ValueError(f"{path} holds {what}, which is not in the claim's plan; remove the file to run it anew")
+    return records
+
+
+def same_runs(arm: Arm, scale: str, plan: Plan, rate: float, seed: int) -> Iterator[tuple[Claim, dict]]:
+    """The stored runs of an equal arm, in whatever claim, on the same data with as many steps, this rate and seed."""
+    for claim in CLAIMS.values():
+        other = claim.plans.get(scale)
+        if other and (other.data, other.steps) == (plan.data, plan.steps):
+            names = [name for name, its in claim.arms.items() if its == arm]
+            for record in stored(claim, scale):
+                if record["arm"] in names and (record["learning_rate"], record["seed"]) == (rate, seed):
+                    yield claim, record
 
 
 def finding(claim: Claim, scale: str) -> Finding | None:
@@ -69,12 +90,15 @@ def run_claim(
     data = load_dataset(plan.data, base.tokenizer, ROW)
 
     def record_of(arm: str, rate: float, seed: int) -> dict:
-        for record in stored(claim, scale):
-            if (record["arm"], record["learning_rate"], record["seed"]) == (arm, rate, seed):
-                return record
-        record = measure(base, data, claim.arms[arm], plan.steps, rate, seed, progress)
+        known = list(same_runs(claim.arms[arm], scale, plan, rate, seed))
+        if any(owner is claim for owner, _ in known):
+            return next(record for owner, record in known if owner is claim)
+        if known:  # of another claim: a run is a function of these, so it need not be made again
+            record = known[0][1]
+        else:
+            record = measure(base, data, claim.arms[arm], plan.steps, rate, seed, progress)
         with locked(file_of(claim, scale)):
-            records = [*stored(claim, scale), {"arm": arm, "seed": seed, "learning_rate": rate, **record}]
+            records = [*stored(claim, scale), {**record, "arm": arm, "seed": seed, "learning_rate": rate}]
             write_json(file_of(claim, scale), {"claim": name, "scale": scale, "data": plan.data, "runs": records})
         return record
 
@@ -94,7 +118,7 @@ def run_claim(
 
 
 def measure(base: BaseFolder, data: Dataset, arm: Arm, steps: int, rate: float, seed: int, progress: bool) -> dict:
-    """One run as a record. A run that diverges has the loss None; a tuning run is not scored."""
+    """One run as a record. A tuning run is not scored, and has the loss None where it diverges."""
     training = schedule(**data.training | {"steps": steps}, learning_rate=rate, seed=seed)
     lora = LoRAConfig(**{"r": 8, "lora_alpha": 16, "target_modules": "all-linear", **arm.lora})
     experiment = Experiment(base, data, arm.method, training, lora)
@@ -107,11 +131,25 @@ def measure(base: BaseFolder, data: Dataset, arm: Arm, steps: int, rate: float, 
         if data.task and seed != TUNING_SEED:
             record["score"] = score_task(finished.model, base.tokenizer, data.task).score
     except NonFiniteError:
-        pass
+        if seed != TUNING_SEED:
+            raise
     machine = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
     machine |= {"processor": platform.processor() or platform.machine(), "device": base.device}
     today = datetime.date.today().isoformat()
     return {**record, "seconds": round(time.perf_counter() - began, 1), "date": today, "environment": machine}
+
+
+def draw(name: str, scale: str, folder: Path) -> Path | None:
+    """Writes the figure of a claim's reported runs to the folder; None where there are none."""
+    claim, plan = find(name, scale)
+    runs = [record for record in stored(claim, scale) if record["seed"] != TUNING_SEED]
+    if not runs:
+        return None
+    losses = {arm: {r["seed"]: r["best_validation_loss"] for r in runs if r["arm"] == arm} for arm in claim.arms}
+    path = folder / f"{name}.{scale}.png"
+    with replacing(path) as temporary:
+        figures.paired_losses(losses, f"{name}: {plan.data}, {plan.steps} steps").savefig(temporary, dpi=150)
+    return path
 
 
 def table() -> str:

@@ -1,38 +1,89 @@
-"""Claims about variants of LoRA: that they learn better at the same rank, for the same price."""
+"""Claims about LoRA beside full fine-tuning, and about its variants: that they learn as well, or better."""
 
-from minilora.experiments.claims.claim import Arm, Claim, Lower, Plan
+from minilora.experiments.claims.claim import Arm, Claim, Plan, Rule, better, no_worse
 
-DIALECT = {"tiny": Plan("dialect", 100, 5, 15)}
-ONE_TASK = "one task, one rank and one length of training, on a small base"
+LORA, FULL = Arm("lora"), Arm("full")
+ONE_TASK = "one task, one length of training, one small base"
+
+
+def on_dialect(name: str, sentence: str, source: str, arms: dict[str, Arm], rule: Rule, objection: str) -> Claim:
+    return Claim(name, sentence, source, arms, rule, {"tiny": Plan("dialect", 100, 5, 5)}, f"{ONE_TASK}; {objection}")
+
+
 CLAIMS = [
-    Claim(
+    on_dialect(
+        "as-full",
+        "LoRA learns as well as full fine-tuning.",
+        "Hu et al. 2021, arXiv:2106.09685, abstract",
+        {"full": FULL, "lora": LORA},
+        no_worse("lora", "full"),
+        "the task asks for a vocabulary of its own, which is more than a skill; rank 8 only",
+    ),
+    on_dialect(
+        "qlora",
+        "QLoRA, on a base in 4 bits, learns as well as LoRA.",
+        "Dettmers et al. 2023, arXiv:2305.14314, abstract",
+        {"lora": LORA, "qlora": Arm("qlora")},
+        no_worse("qlora", "lora"),
+        "a base so small may lose more, or less, to 4 bits than a large one",
+    ),
+    on_dialect(
         "dora",
         "DoRA learns better than LoRA at the same rank.",
-        "Liu et al. 2024, arXiv:2402.09353, section 5",
-        {"lora": Arm("lora"), "dora": Arm("dora")},
-        Lower("dora", "lora"),
-        DIALECT,
-        f"{ONE_TASK}; the paper's gains are largest at low rank, on models a thousand times as large",
+        "Liu et al. 2024, arXiv:2402.09353, abstract",
+        {"lora": LORA, "dora": Arm("dora")},
+        better("dora", "lora"),
+        "the paper's models are a thousand times as large",
     ),
-    Claim(
+    on_dialect(
         "lora-plus",
         "LoRA+, whose B learns 16 times as fast as A, learns better at no cost.",
-        "Hayou et al. 2024, arXiv:2402.12354, section 5",
-        {"lora": Arm("lora"), "lora+": Arm("lora+")},
-        Lower("lora+", "lora"),
-        DIALECT,
-        f"{ONE_TASK}; the paper argues from the limit of great width, and this base is 192 wide",
+        "Hayou et al. 2024, arXiv:2402.12354, abstract",
+        {"lora": LORA, "lora+": Arm("lora+")},
+        better("lora+", "lora"),
+        "the paper argues from the limit of great width, and this base is 192 wide",
     ),
-    Claim(
+    on_dialect(
         "rslora",
         "At a high rank the scale alpha/√r learns better than alpha/r, which holds high ranks back.",
-        "Kalajdzievski 2023, arXiv:2312.03732, section 4",
+        "Kalajdzievski 2023, arXiv:2312.03732, abstract",
         {
             "lora": Arm("lora", {"r": 64, "lora_alpha": 16}),
             "rslora": Arm("rslora", {"r": 64, "lora_alpha": 16}),
         },
-        Lower("rslora", "lora"),
-        {"tiny": Plan("dialect", 100, 5, 18)},
-        "each arm has a rate of its own, and a rate can make up for a scale; the paper uses one rate for all ranks",
+        better("rslora", "lora"),
+        "each arm has a rate of its own, which can make up for a scale; the paper uses one rate for all ranks",
+    ),
+    on_dialect(
+        "pissa",
+        "PiSSA, which starts from the largest singular values of W, learns better than LoRA.",
+        "Meng et al. 2024, arXiv:2404.02948, abstract",
+        {"lora": LORA, "pissa": Arm("pissa")},
+        better("pissa", "lora"),
+        "the paper trains W without its largest part; here W stays and the start is subtracted, the same function",
+    ),
+    on_dialect(
+        "eva",
+        "EVA, which starts from the main directions of the activations, learns better than LoRA.",
+        "Paischer et al. 2024, arXiv:2410.07170, abstract",
+        {"lora": LORA, "eva": Arm("eva")},
+        better("eva", "lora"),
+        "without the paper's redistribution of ranks",
+    ),
+    on_dialect(
+        "lora-fa",
+        "LoRA-FA, which leaves A as it started, learns as well as LoRA with half the trained numbers.",
+        "Zhang et al. 2023, arXiv:2308.03303, abstract",
+        {"lora": LORA, "lora-fa": Arm("lora-fa")},
+        no_worse("lora-fa", "lora"),
+        "at a lower rank a random A would matter more",
+    ),
+    on_dialect(
+        "prefix",
+        "Prefix tuning learns as well as full fine-tuning with a thousandth of the parameters.",
+        "Li and Liang 2021, arXiv:2101.00190, abstract",
+        {"full": FULL, "prefix": Arm("prefix")},
+        no_worse("prefix", "full"),
+        "the paper's models know the language of the task; 16 virtual tokens only",
     ),
 ]
