@@ -26,9 +26,9 @@ class Finding:
     seeds: int
 
     def text(self) -> str:
-        """The number that decides; where nothing is decided, also the size that could have been seen."""
+        """The number that decides; where nothing is decided, also the size of what these seeds can tell apart."""
         said = f"{self.number:+.1f} % ({self.low:+.1f} to {self.high:+.1f})"
-        return said if self.verdict != "open" else f"{said}; no difference below {self.high - self.number:.1f} is seen"
+        return said if self.verdict != "open" else f"{said}; these seeds tell ±{self.high - self.number:.1f} apart"
 
 
 class Rule(Protocol):

@@ -27,6 +27,7 @@ from minilora.train_settings import NonFiniteError
 
 CLAIMS = {claim.name: claim for claim in variants.CLAIMS}
 FOLDER = DATA / "claims"
+RUN = "learning_rate", "seed", "environment"  # with its arm and plan, what a run is a function of
 ROW = 128  # tokens of a row of text, and of an example at most
 BASES: dict[str, str | Path] = {"tiny": BASE, "smollm2": "smollm2"}
 
@@ -58,17 +59,6 @@ def stored(claim: Claim, scale: str) -> list[dict]:
     return records
 
 
-def same_runs(arm: Arm, scale: str, plan: Plan, rate: float, seed: int) -> Iterator[tuple[Claim, dict]]:
-    """The stored runs of an equal arm, in whatever claim, on the same data with as many steps, this rate and seed."""
-    for claim in CLAIMS.values():
-        other = claim.plans.get(scale)
-        if other and (other.data, other.steps) == (plan.data, plan.steps):
-            names = [name for name, its in claim.arms.items() if its == arm]
-            for record in stored(claim, scale):
-                if record["arm"] in names and (record["learning_rate"], record["seed"]) == (rate, seed):
-                    yield claim, record
-
-
 def finding(claim: Claim, scale: str) -> Finding | None:
     """The verdict from what is stored; None before there are two seeds of each arm."""
     runs: dict[str, dict[int, dict]] = {arm: {} for arm in claim.arms}
@@ -89,14 +79,20 @@ def run_claim(
     base = open_base(BASES[scale], device)
     data = load_dataset(plan.data, base.tokenizer, ROW)
 
+    def same_runs(what: Arm, *wanted) -> Iterator[dict]:
+        """Of other claims: one machine gives an equal arm the same run again, on the same data with as many steps."""
+        for other in CLAIMS.values():
+            if scale in other.plans and (other.plans[scale].data, other.plans[scale].steps) == (plan.data, plan.steps):
+                for record in stored(other, scale):
+                    if (other.arms[record["arm"]], *(record[key] for key in RUN)) == (what, *wanted):
+                        yield record
+
     def record_of(arm: str, rate: float, seed: int) -> dict:
-        known = list(same_runs(claim.arms[arm], scale, plan, rate, seed))
-        if any(owner is claim for owner, _ in known):
-            return next(record for owner, record in known if owner is claim)
-        if known:  # of another claim: a run is a function of these, so it need not be made again
-            record = known[0][1]
-        else:
-            record = measure(base, data, claim.arms[arm], plan.steps, rate, seed, progress)
+        for record in stored(claim, scale):
+            if (record["arm"], record["learning_rate"], record["seed"]) == (arm, rate, seed):
+                return record
+        same = list(same_runs(claim.arms[arm], rate, seed, environment(device)))
+        record = same[0] if same else measure(base, data, claim.arms[arm], plan.steps, rate, seed, progress)
         with locked(file_of(claim, scale)):
             records = [*stored(claim, scale), {**record, "arm": arm, "seed": seed, "learning_rate": rate}]
             write_json(file_of(claim, scale), {"claim": name, "scale": scale, "data": plan.data, "runs": records})
@@ -133,10 +129,19 @@ def measure(base: BaseFolder, data: Dataset, arm: Arm, steps: int, rate: float, 
     except NonFiniteError:
         if seed != TUNING_SEED:
             raise
-    machine = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
-    machine |= {"processor": platform.processor() or platform.machine(), "device": base.device}
     today = datetime.date.today().isoformat()
-    return {**record, "seconds": round(time.perf_counter() - began, 1), "date": today, "environment": machine}
+    return {
+        **record,
+        "seconds": round(time.perf_counter() - began, 1),
+        "date": today,
+        "environment": environment(base.device),
+    }
+
+
+def environment(device: str) -> dict[str, str | int]:
+    machine: dict[str, str | int] = {"torch": torch.__version__, "python": platform.python_version()}
+    processor = platform.processor() or platform.machine()
+    return machine | {"threads": torch.get_num_threads(), "processor": processor, "device": device}
 
 
 def draw(name: str, scale: str, folder: Path) -> Path | None:

@@ -7,7 +7,7 @@ ONE_TASK = "one task, one length of training, one small base"
 
 
 def on_dialect(name: str, sentence: str, source: str, arms: dict[str, Arm], rule: Rule, objection: str) -> Claim:
-    return Claim(name, sentence, source, arms, rule, {"tiny": Plan("dialect", 100, 5, 5)}, f"{ONE_TASK}; {objection}")
+    return Claim(name, sentence, source, arms, rule, {"tiny": Plan("dialect", 100, 5, 6)}, f"{ONE_TASK}; {objection}")
 
 
 CLAIMS = [
