@@ -377,6 +377,13 @@ def test_an_adapter_names_its_base_and_the_layers_it_changed(base, make_experime
     assert config["target_modules"] == "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj".split()
 
 
+def test_compare_s_loftq_adapter_names_the_base_that_was_made_for_it(base, make_experiment, tmp_path):
+    compare([make_experiment("loftq", base=base)], [0], tmp_path / "out", progress=False)
+    config = json.loads((tmp_path / "out" / "loftq-seed0" / "adapter_config.json").read_text())
+    made = (tmp_path / "out" / "loftq-base").resolve()
+    assert config["base_model_name_or_path"] == str(made) and (made / "config.json").is_file()
+
+
 @pytest.mark.parametrize(
     "targets, written",
     [

@@ -456,3 +456,11 @@ def test_a_gguf_tensor_that_is_not_finite(tmp_path, value):
     model.model.norm.weight.data[3] = value
     with pytest.raises(ValueError, match=rf"tensor model.norm.weight in .*model\.gguf holds {value}"):
         load_model(write_gguf(tmp_path / "model.gguf", model))
+
+
+def test_a_file_without_tensors_is_refused_by_what_it_lacks(tmp_path):
+    save_model(tiny(), tmp_path)
+    save_file({}, tmp_path / "model.safetensors")
+    assert models.stored_dtype(tmp_path) == torch.float32
+    with pytest.raises(ValueError, match="config.json has num_hidden_layers 2, for 0 tensors in all"):
+        load_model(tmp_path)

@@ -1,6 +1,7 @@
 """storage/locks.py: one writer at a time, named to the others, and no lock that outlives its holder."""
 
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -131,6 +132,14 @@ def test_one_folder_by_two_names_is_one_folder(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "folder")
     with locked(tmp_path / "folder"), locked(tmp_path / "link", patience=0):
         pass
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions as POSIX has them")
+def test_what_a_killed_holder_leaves_locks_no_other_user_out(tmp_path, holder):
+    holder.kill()
+    holder.wait()
+    mode = stat.S_IMODE((tmp_path / ".lock").stat().st_mode)
+    assert mode == 0o666, f"whoever may write the folder may take its lock; the file has {mode:o}"
 
 
 def test_a_full_disk_takes_the_note_and_not_the_lock(tmp_path, monkeypatch):

@@ -366,3 +366,9 @@ def test_a_byte_order_mark_is_no_text(make, tmp_path, tokenizer):
     marked = open_tokenizer(folder)
     assert marked.end_ids == {2, 7} and marked.chat_template == "so" and marked.decode(marked.encode("so")) == "so"
     assert json.loads(marked.definition)["version"] == "1.0", "what is written out again has no mark"
+
+
+@pytest.mark.parametrize("kind", ["model", "first"])
+def test_an_end_that_can_be_no_id_is_none(make, kind):
+    tokenizer = make(kind, {"eos_token": "</s>"}, generation_config={"eos_token_id": [-1, 2**31, "7", True, 8]})
+    assert tokenizer.end_ids == {tokenizer.eos_id, 8}, f"ends {sorted(tokenizer.end_ids)}"
