@@ -206,10 +206,10 @@ def claims(options):
     if options.claim is None:
         raise ValueError(f"claims {options.action} takes the name of a claim: {', '.join(ledger.CLAIMS)}")
     if options.action == "run":
-        ledger.run_claim(options.claim, options.scale, options.seeds, device_of(options))
+        ledger.run_claim(options.claim, options.scale or "tiny", options.seeds, device_of(options))
     print(ledger.details(options.claim, options.scale))
-    if path := ledger.draw(options.claim, options.scale, Path("runs/claims")):
-        print(f"the figure is in {path}")
+    for path in ledger.draw(options.claim, options.scale, Path("runs/claims")):
+        print(f"a figure is in {path}")
 
 
 def load_base(base: BaseFolder, options, adapter: Path | None = None) -> GPT:

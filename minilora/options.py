@@ -8,6 +8,7 @@ import torch
 
 from minilora import ranges
 from minilora.command import a_name, a_path, a_text, number
+from minilora.experiments.claims.study import BASES
 from minilora.experiments.methods import DEFAULT_METHODS, METHODS, Experiment
 from minilora.experiments.run import BASE
 from minilora.experiments.simulate import SIMULATED_DTYPES, SIMULATED_METHODS
@@ -77,7 +78,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--resume": FLAG | dict(help="continue the run whose state is under --out"),
     "--rounds": number(ranges.ROUNDS, "of the actions in turn (5; of a real model 3)"),
     "--save-every": number(ranges.EVERY, "steps between saved states, 0 for the last alone", default=50),
-    "--scale": dict(choices=("tiny", "smollm2"), default="tiny", help="the shipped base, or the real model"),
+    "--scale": dict(choices=BASES, help="the shipped base, or the real model (run: tiny; show: all that there are)"),
     "--scheme": dict(choices=LEVELS, default=QLORA.scheme, help="4 bits of the base, qlora and loftq"),
     "--seed": number(ranges.SEED, default=0),
     "--seeds": number(ranges.SEEDS, "how many seeds, counted up from --seed", default=1),

@@ -6,27 +6,37 @@ import math
 import pytest
 
 from minilora.__main__ import main
-from minilora.experiments.claims import ledger
-from minilora.experiments.claims.claim import T, interval
+from minilora.experiments.claims import ledger, study
+from minilora.experiments.claims.claim import (
+    Claim,
+    Finding,
+    T,
+    better,
+    interval,
+    lower_loss,
+    more_right,
+    no_worse,
+    score,
+    summary,
+)
+from minilora.experiments.claims.study import Arm, Plan, Study
+from minilora.experiments.run import open_base
 from minilora.experiments.tune import TUNING_SEED, grid_of
 
 SPREAD = [0.98, 1.0, 1.01, 1.02, 0.99]  # of seeds, as a factor
 
 
-def made_up(claim, gain: float, noise: float = 1.0) -> dict:
+def of_losses(arm: str, than: str, gain: float, noise: float = 1.0) -> dict:
     """Runs in which `arm` is lower than `than` by so many percent. noise: how far seeds of one pair differ."""
-    than = {seed: {"best_validation_loss": 2 * factor} for seed, factor in enumerate(SPREAD)}
-    lower = {
-        seed: {"best_validation_loss": run["best_validation_loss"] * (1 - gain / 100) * (1 + noise * (seed - 2) / 100)}
-        for seed, run in than.items()
-    }
-    return {claim.rule.arm: lower, claim.rule.than: than}
+    losses = {seed: 2 * factor for seed, factor in enumerate(SPREAD)}
+    lower = {seed: loss * (1 - gain / 100) * (1 + noise * (seed - 2) / 100) for seed, loss in losses.items()}
+    return {name: {seed: {"best_validation_loss": loss} for seed, loss in by_seed.items()}
+            for name, by_seed in ((arm, lower), (than, losses))}  # fmt: skip
 
 
-@pytest.mark.parametrize("claim", ledger.CLAIMS.values(), ids=ledger.CLAIMS)
-def test_each_rule_can_say_yes_no_and_open(claim):
-    bar = 5 if claim.rule.gain else -5
-    assert claim.rule.bar == bar and f"above {bar} %" in claim.rule.words
+@pytest.mark.parametrize("rule, bar", [(better("dora", "lora"), 5), (no_worse("dora", "lora"), -5)])
+def test_a_rule_on_losses_can_say_yes_no_and_open(rule, bar):
+    assert rule.bar == bar and f"above {bar} %" in rule.words
     cases = (
         (bar + 15, 1, "holds"),
         (bar - 15, 1, "fails"),
@@ -35,25 +45,58 @@ def test_each_rule_can_say_yes_no_and_open(claim):
         (bar - 3, 1, "fails"),
     )
     for gain, noise, verdict in cases:
-        found = claim.rule.decide(made_up(claim, gain, noise))
+        found = rule.decide(of_losses("dora", "lora", gain, noise))
         assert found.verdict == verdict, f"{gain} % with noise {noise}: expected {verdict}, got {found}"
         assert found.number == pytest.approx(gain, abs=0.5) and found.low < found.number < found.high
 
 
+def of_scores(**scores) -> dict:
+    """Runs by arm, each with these scores for the seeds 0, 1, ..."""
+    return {
+        arm: {seed: {"scores": {"asked": value}} for seed, value in enumerate(values)} for arm, values in scores.items()
+    }
+
+
+@pytest.mark.parametrize("above", [True, False])
+def test_a_rule_on_scores_can_say_yes_no_and_open(above):
+    rule = score("lora", "asked", 50, above)
+    yes, no = ("holds", "fails") if above else ("fails", "holds")
+    for values, verdict in (([0.8, 0.9], yes), ([0.1, 0.15], no), ([0.5, 0.5], "open"), ([0.1, 0.9], "open")):
+        assert rule.decide(of_scores(lora=values)).verdict == verdict, f"{rule.words}: {values}"
+    assert f"lies {'above' if above else 'below'} 50 %, fails" in rule.words
+
+
+def test_scores_are_compared_by_seed_in_points():
+    found = more_right("lora", "full", "asked", 10).decide(of_scores(lora=[0.5, 0.7, 0.9], full=[0.3, 0.5, 0.7]))
+    assert found.number == pytest.approx(20) and found.high - found.low < 1e-9 and found.verdict == "holds"
+    assert found.unit == "points"
+
+
+@pytest.mark.parametrize("claim", ledger.CLAIMS.values(), ids=ledger.CLAIMS)
+def test_every_rule_of_the_ledger_can_hold_and_fail(claim):
+    """On numbers made up for it: the rule's own number is replaced, its bar and its direction are not."""
+    seeds = {arm: {seed: {} for seed in range(3)} for arm in claim.rule.arms}
+    for distance, verdict in ((1, "holds"), (-1, "fails"), (0, "open")):
+        value = claim.rule.bar + (distance if claim.rule.above else -distance)
+        rule = type(claim.rule)(**{**vars(claim.rule), "number": lambda runs, value=value: value})
+        assert rule.decide(seeds).verdict == verdict
+    for where in claim.studies:
+        assert set(claim.rule.arms) <= set(where.arms), f"{claim.name} asks for arms that {where.name} does not have"
+
+
 def test_a_gain_below_what_matters_does_not_hold():
     """A small gain, seen beyond doubt, is no reason to choose; a small loss is one that does not matter."""
-    found = ledger.CLAIMS["dora"].rule.decide(made_up(ledger.CLAIMS["dora"], 2, 0.1))
+    found = better("dora", "lora").decide(of_losses("dora", "lora", 2, 0.1))
     assert found.verdict == "fails" and found.low > 0
-    found = ledger.CLAIMS["qlora"].rule.decide(made_up(ledger.CLAIMS["qlora"], -2, 0.1))
+    found = no_worse("qlora", "lora").decide(of_losses("qlora", "lora", -2, 0.1))
     assert found.verdict == "holds" and found.high < 0
 
 
 def test_pairs_of_one_seed_are_compared():
     """Seeds that differ by much more than the arms do not hide a difference that each of them shows."""
-    claim = ledger.CLAIMS["dora"]
     than = {seed: {"best_validation_loss": float(seed + 1)} for seed in range(5)}
     lower = {seed: {"best_validation_loss": 0.9 * (seed + 1)} for seed in range(7)}
-    found = claim.rule.decide({"dora": lower, "lora": than})
+    found = lower_loss("dora", "lora", 5).decide({"dora": lower, "lora": than})
     assert (found.verdict, found.seeds) == ("holds", 5) and found.high - found.low < 1e-9
 
 
@@ -67,29 +110,49 @@ def test_the_interval_is_that_of_student():
             interval(values)
 
 
+def test_studies_that_disagree_make_it_depend():
+    def found(*verdicts):
+        return [Finding(verdict, 0.0, -1.0, 1.0, 3) for verdict in verdicts]
+
+    assert summary(found("holds", "holds")) == "holds" and summary(found("fails")) == "fails"
+    assert summary(found("holds", "fails")) == summary(found("open", "holds", "fails")) == "depends"
+    assert summary(found("holds", "open")) == summary(found("fails", "open")) == "open"
+    assert summary([]) == "not run"
+
+
 # What is stored
+
+ARMS = {
+    "lora": Arm("lora"),
+    "dora": Arm("dora"),
+    "gentle": Arm("lora", rate_of="lora", rate_times=1 / 3),
+    "base": Arm(None),
+}
 
 
 @pytest.fixture
 def book(monkeypatch, tmp_path):
-    """A ledger of one claim with made-up runs that take no time; the best rate is 0.01. Returns what was run."""
-    ran, place = [], ledger.environment("cpu")
+    """A ledger of one study with made-up runs that take no time; the best rate is 0.01. Returns what was run."""
+    ran = []
 
-    def measure(base, data, arm, steps, rate, seed, progress):
-        ran.append((arm.method, rate, seed))
-        loss = 1 + abs(math.log10(rate / 0.01)) - (0.2 if arm.method == "dora" else 0) + seed / 1e5
-        record = {"method": arm.method, "steps": steps, "best_validation_loss": loss, "validation_loss": []}
-        return record | {"score": None, "seconds": 0.0, "date": "2026-01-01", "environment": place}
+    def measure(setting):
+        ran.append((setting.arm.method, setting.rate, setting.seed))
+        loss = 1 + abs(math.log10((setting.rate or 0.01) / 0.01)) - (0.2 if setting.arm.method == "dora" else 0)
+        return {"best_validation_loss": loss + setting.seed / 1e5, "scores": {"asked": 0.5}}
 
-    monkeypatch.setattr(ledger, "measure", measure)
+    small = Study("small", "made up", ARMS, {"tiny": Plan("json", 7, 3, 1)}, measure)
+    claims = [
+        Claim("dora", "DoRA is better.", "nobody", better("dora", "lora"), (small,), "made up"),
+        Claim("gentle", "A third of the rate does it.", "nobody", no_worse("gentle", "base"), (small,), "made up"),
+    ]
+    monkeypatch.setattr(ledger, "CLAIMS", {claim.name: claim for claim in claims})
     monkeypatch.setattr(ledger, "FOLDER", tmp_path)
-    monkeypatch.setattr(ledger, "open_base", lambda *_: type("Base", (), {"tokenizer": None}))
-    monkeypatch.setattr(ledger, "load_dataset", lambda *_: None)
     return ran
 
 
 def test_rates_are_chosen_on_a_seed_that_is_not_reported(book):
-    found = ledger.run_claim("dora", seeds=3)
+    ledger.run_claim("dora")
+    found = ledger.finding(ledger.CLAIMS["dora"], ledger.CLAIMS["dora"].studies[0], "tiny")
     assert found.verdict == "holds" and found.seeds == 3
     assert {seed for _, rate, seed in book if rate != 0.01} == {TUNING_SEED}
     for arm in ("lora", "dora"):
@@ -98,47 +161,66 @@ def test_rates_are_chosen_on_a_seed_that_is_not_reported(book):
         assert [seed for method, _, seed in book if method == arm and seed != TUNING_SEED] == [0, 1, 2]
 
 
+def test_a_rate_can_be_a_part_of_another_arms_and_the_base_has_none(book):
+    ledger.run_claim("gentle", seeds=2)
+    runs = [run for run in book if run[2] != TUNING_SEED]
+    assert runs == [("lora", 0.0033, 0), ("lora", 0.0033, 1), (None, None, 0), (None, None, 1)]
+    assert {method for method, _, seed in book if seed == TUNING_SEED} == {"lora"}
+
+
+def test_runs_that_two_claims_share_are_made_once(book):
+    ledger.run_claim("dora")
+    book.clear()
+    ledger.run_claim("gentle")
+    assert TUNING_SEED not in {seed for _, _, seed in book}, "LoRA's rate had been chosen"
+
+
 def test_a_killed_run_costs_one_run(book, monkeypatch, tmp_path):
-    ledger.run_claim("dora", seeds=3)
-    whole, expected = list(book), json.loads((tmp_path / "dora.tiny.json").read_text())
-    (tmp_path / "dora.tiny.json").unlink()
-    measure = ledger.measure
+    def content():
+        runs = json.loads((tmp_path / "small.tiny.json").read_text())["runs"]
+        return [{key: value for key, value in run.items() if key != "seconds"} for run in runs]
+
+    ledger.run_claim("dora")
+    whole, expected = list(book), content()
+    (tmp_path / "small.tiny.json").unlink()
+    measured = ledger.timed
     for stop in range(len(whole)):
-        done = len(json.loads((tmp_path / "dora.tiny.json").read_text())["runs"]) if stop else 0
+        done = len(content()) if stop else 0
         book.clear()
 
         def killed(*arguments):
             if book:
                 raise KeyboardInterrupt
-            return measure(*arguments)
+            return measured(*arguments)
 
-        monkeypatch.setattr(ledger, "measure", killed)
+        monkeypatch.setattr(ledger, "timed", killed)
         try:
-            ledger.run_claim("dora", seeds=3)
+            ledger.run_claim("dora")
         except KeyboardInterrupt:
             pass
         assert book == whole[done : done + 1], f"after {done} stored runs, {book} was run"
-    assert json.loads((tmp_path / "dora.tiny.json").read_text()) == expected
-    assert "holds" not in (tmp_path / "dora.tiny.json").read_text(), "a verdict is computed, never stored"
+    assert content() == expected
+    assert "holds" not in (tmp_path / "small.tiny.json").read_text(), "a verdict is computed, never stored"
 
 
 def test_runs_of_another_plan_are_refused(book, tmp_path):
     ledger.run_claim("dora", seeds=2)
-    path = tmp_path / "dora.tiny.json"
-    for change in ({"steps": 7}, {"arm": "pissa"}):
+    path, where = tmp_path / "small.tiny.json", ledger.CLAIMS["dora"].studies[0]
+    for change in ({"steps": 8}, {"arm": "pissa"}):
         content = json.loads(path.read_text())
         content["runs"][0] |= change
-        (tmp_path / "dora.tiny.json").write_text(json.dumps(content))
-        with pytest.raises(ValueError, match="dora.tiny.json holds a run of .* not in the claim's plan"):
-            ledger.finding(ledger.CLAIMS["dora"], "tiny")
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="small.tiny.json holds a run of .* not in the study's plan"):
+            ledger.stored(where, "tiny")
 
 
 def test_the_command_line(book, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["claims"]) == 0
-    assert "| tiny | not run |" in capsys.readouterr().out
+    assert "| not run | small, tiny: not run |" in capsys.readouterr().out
     assert main(["claims", "run", "dora", "--seeds", "2"]) == 0
-    assert "holds: +20.0 % (" in capsys.readouterr().out and (tmp_path / "runs/claims/dora.tiny.png").is_file()
+    assert "holds: +20.0 % (" in capsys.readouterr().out
+    assert (tmp_path / "runs/claims/dora.small.tiny.png").is_file()
     assert main(["claims", "show", "dora"]) == 0
     said = capsys.readouterr().out
     for words in (ledger.CLAIMS["dora"].sentence, ledger.CLAIMS["dora"].rule.words, "(chooses the rate)"):
@@ -147,24 +229,20 @@ def test_the_command_line(book, capsys, tmp_path, monkeypatch):
         assert main(["claims", *words]) == 2
         assert message in capsys.readouterr().err
     assert main(["claims", "show", "dora", "--scale", "smollm2"]) == 2
-    assert "not run at scale smollm2" in capsys.readouterr().err
+    assert "not studied at scale smollm2" in capsys.readouterr().err
 
 
-def test_a_run_that_another_claim_made_is_not_made_again(book, monkeypatch, tmp_path):
-    ledger.run_claim("dora", seeds=3)
-    made = len(book)
-    ledger.run_claim("lora-plus", seeds=3)
-    assert {method for method, _, _ in book[made:]} == {"lora+"}, "LoRA's runs are those of the other claim"
-    shared = [json.loads((tmp_path / f"{name}.tiny.json").read_text())["runs"] for name in ("dora", "lora-plus")]
-    lora, again = ([record for record in runs if record["arm"] == "lora"] for runs in shared)
-    assert lora == again
-    book.clear()
-    ledger.run_claim("rslora", seeds=3)
-    assert "lora" in {method for method, _, _ in book}, "at another rank LoRA is another arm"
-    monkeypatch.setattr(ledger, "environment", lambda _: {"torch": "another"})
-    book.clear()
-    ledger.run_claim("pissa", seeds=3)
-    assert "lora" in {method for method, _, _ in book}, "on another machine a run gives other digits"
+def test_a_real_run_is_recorded_and_scored():
+    """The default measure, on the shipped base, for two steps."""
+    where = Study("real", "two steps", {"lora": Arm("lora")}, {"tiny": Plan("json", 2, 1, 1)})
+    base = open_base(study.BASES["tiny"])
+    small = study.Setting(base, where.plans["tiny"], where.arms["lora"], 1e-3, 0, progress=False)
+    data = small.dataset()
+    record = study.losses(small.train(data, evaluations=1, batch_size=2))
+    assert [step for step, _ in record["validation_loss"]] == [0, 2]
+    assert record["best_validation_loss"] == min(loss for _, loss in record["validation_loss"])
+    with_own = study.Setting(base, Plan("json", 2, 1, 1, {"mix": 1, "n": 2}), Arm("lora", settings={"n": 3}), 1e-3, 0)
+    assert (with_own["mix"], with_own["n"]) == (1, 3), "an arm's setting stands above its plan's"
 
 
 # What is committed
@@ -172,19 +250,26 @@ def test_a_run_that_another_claim_made_is_not_made_again(book, monkeypatch, tmp_
 
 @pytest.mark.parametrize("claim", ledger.CLAIMS.values(), ids=ledger.CLAIMS)
 def test_the_committed_runs_are_those_of_the_plan(claim):
-    for scale, plan in claim.plans.items():
-        records = ledger.stored(claim, scale)
-        if not records:  # its rule stands before its runs do
-            continue
-        for arm, what in claim.arms.items():
-            mine = [record for record in records if record["arm"] == arm]
-            tried = {r["learning_rate"]: r["best_validation_loss"] for r in mine if r["seed"] == TUNING_SEED}
-            best = min((rate for rate in tried if tried[rate] is not None), key=lambda rate: tried[rate])
-            assert min(tried) < best < max(tried), f"{arm}: a neighbour of {best} was not tried: {tried}"
-            reported = [record for record in mine if record["seed"] != TUNING_SEED]
-            assert {record["learning_rate"] for record in reported} == {best}, f"{arm}: not at the rate that was chosen"
-            assert [record["seed"] for record in reported] == list(range(plan.seeds)), f"{arm}: not the planned seeds"
-            assert all(record["method"] == what.method and record["environment"]["torch"] for record in mine)
+    for where in claim.studies:
+        for scale, plan in where.plans.items():
+            records = ledger.stored(where, scale)
+            for arm in claim.rule.arms if ledger.finding(claim, where, scale) else ():
+                check_runs(where, arm, records, plan.seeds)
+
+
+def check_runs(where, arm: str, records: list[dict], seeds: int):
+    what, mine = where.arms[arm], [record for record in records if record["arm"] == arm]
+    reported = [record for record in mine if record["seed"] != TUNING_SEED]
+    assert [record["seed"] for record in reported] == list(range(seeds)), f"{arm}: not the planned seeds"
+    assert all(record["method"] == what.method and record["environment"]["torch"] for record in reported)
+    rates = {record["learning_rate"] for record in reported}
+    if what.method is None:
+        return
+    chooser = what.rate_of or arm
+    tried = {r["learning_rate"]: r[where.chosen_by] for r in records if (r["arm"], r["seed"]) == (chooser, TUNING_SEED)}
+    best = min((rate for rate in tried if tried[rate] is not None), key=lambda rate: tried[rate])
+    assert min(tried) < best < max(tried), f"{chooser}: a neighbour of {best} was not tried: {tried}"
+    assert rates == {float(f"{best * what.rate_times:.2g}")}, f"{arm}: not at the rate that was chosen"
 
 
 def test_the_readme_has_the_ledger():

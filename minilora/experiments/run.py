@@ -3,7 +3,7 @@
 `compare` calls `run` for every method and seed; `finetune` is one such run, kept on disk and resumable.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,8 +164,17 @@ class Run:
         save_model(self.model, directory, self.experiment.base.companions())
 
 
-def run(experiment: Experiment, state_path: Path | None = None, resume: bool = False, progress: bool = True) -> Run:
-    """Trains one method from the base; with `state_path`, the state is saved there and a killed run can be resumed."""
+def run(
+    experiment: Experiment,
+    state_path: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    watch: Callable[[GPT | Prompt, int], None] | None = None,
+) -> Run:
+    """Trains one method from the base; with `state_path`, the state is saved there and a killed run can be resumed.
+
+    watch: called with the model and the number of steps done after each step; it must leave the model as it is.
+    """
     method, dataset, config = experiment.method, experiment.dataset, experiment.training
     torch.manual_seed(config.seed)  # of the random start of A
     # For qlora the base is quantized while it is read, so that a base which only fits in 4 bits is never in floats.
@@ -173,6 +182,16 @@ def run(experiment: Experiment, state_path: Path | None = None, resume: bool = F
     longest, limit = dataset.train.input_ids.shape[1], model.config.max_position_embeddings
     if longest > limit:
         raise ValueError(f"sequences of {longest} tokens exceed the model's {limit}; shorten --sequence-length")
+    options = training_options(model, experiment)
+    if watch is not None:
+        own = options.get("after_step")
+
+        def after_step(step: int, optimizer: torch.optim.Optimizer):
+            if own is not None:
+                own(step, optimizer)
+            watch(model, step)
+
+        options["after_step"] = after_step
     history = train(
         model,
         dataset.train,
@@ -183,7 +202,7 @@ def run(experiment: Experiment, state_path: Path | None = None, resume: bool = F
         description=f"{method}, seed {config.seed}",
         progress=progress,
         settings={"method": method, "data": dataset.name, **experiment.method_settings},
-        **training_options(model, experiment),
+        **options,
     )
     return Run(experiment, finish(model, experiment), history)
 

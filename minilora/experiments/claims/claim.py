@@ -1,18 +1,21 @@
-"""A claim about LoRA: who says it, the arms that are trained, and the rule that decides, written before the runs.
+"""A claim about LoRA: who says it, the studies that test it, and the rule that decides, written before the runs.
 
 The words of a rule and the code that decides are one object, so neither can be changed alone. A verdict is computed
 from the stored runs whenever it is asked for; it is never stored.
 """
 
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from minilora.experiments.claims.study import Study
 
 # Student's t at 95 %, by degrees of freedom: mean ± t·s/√n holds the true mean in nine of ten experiments.
 T = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860, 9: 1.833}
 
-Runs = Mapping[str, Mapping[int, Mapping[str, Any]]]  # by arm and by seed, the record of a run
+Record = Mapping[str, Any]  # of one run
+Runs = Mapping[str, Mapping[int, Record]]  # by arm and by seed
 
 
 @dataclass(frozen=True)
@@ -24,65 +27,81 @@ class Finding:
     low: float
     high: float
     seeds: int
+    unit: str = "%"
 
     def text(self) -> str:
         """The number that decides; where nothing is decided, also the size of what these seeds can tell apart."""
-        said = f"{self.number:+.1f} % ({self.low:+.1f} to {self.high:+.1f})"
-        return said if self.verdict != "open" else f"{said}; these seeds tell ±{self.high - self.number:.1f} apart"
+        number, low, high, apart = map(digits, (self.number, self.low, self.high, self.high - self.number))
+        said = f"{number} {self.unit} ({low} to {high})"
+        return said if self.verdict != "open" else f"{said}; these seeds tell ±{apart.lstrip('+')} apart"
 
 
-class Rule(Protocol):
-    """What is computed of the runs, what follows from it in words, and the same in code."""
-
-    @property
-    def statistic(self) -> str: ...
-
-    @property
-    def words(self) -> str: ...
-
-    def decide(self, runs: Runs) -> Finding: ...
+def digits(value: float) -> str:
+    """With its sign; one decimal, and two for what is below one."""
+    return f"{value:+.1f}" if abs(value) >= 1 or value == 0 else f"{value:+.2f}"
 
 
 @dataclass(frozen=True)
-class Difference:
-    """By how many percent of `than`'s loss the loss of `arm` lies below it, paired by seed.
+class Rule:
+    """A number of each seed, computed from that seed's runs, and the bar that its 90 % interval is held against."""
 
-    gain: the claim says that it lies lower by `least` percent or more. Without, that it lies higher by no more than
-    that. `least` is what seeds and rounding alone move a loss by: less is no reason to choose.
-    """
-
-    arm: str
-    than: str
-    gain: bool = True
-    least: float = 5.0
-    measure: str = "best_validation_loss"
-
-    @property
-    def bar(self) -> float:
-        return self.least if self.gain else -self.least
-
-    @property
-    def statistic(self) -> str:
-        return f"{self.measure} of {self.arm} below that of {self.than}, percent of the latter, paired by seed"
+    arms: tuple[str, ...]
+    statistic: str  # the number, in words
+    number: Callable[[Mapping[str, Record]], float]  # one seed's records, by arm
+    bar: float
+    unit: str = "%"
+    above: bool = True  # whether the claim says that the number lies above the bar, or below
 
     @property
     def words(self) -> str:
-        return f"holds if the 90 % interval lies above {self.bar:g} %, fails if it lies below, and is open in between"
+        yes, no = ("above", "below") if self.above else ("below", "above")
+        bar = f"{self.bar:g} {self.unit}"
+        return f"holds if the 90 % interval lies {yes} {bar}, fails if it lies {no}, and is open in between"
 
     def decide(self, runs: Runs) -> Finding:
-        pairs = sorted(runs[self.arm].keys() & runs[self.than].keys())
-        losses = [(runs[self.arm][seed][self.measure], runs[self.than][seed][self.measure]) for seed in pairs]
-        low, number, high = interval([100 * (than - arm) / than for arm, than in losses])
-        verdict = "holds" if low > self.bar else "fails" if high < self.bar else "open"
-        return Finding(verdict, number, low, high, len(pairs))
+        seeds = sorted(set.intersection(*(set(runs[arm]) for arm in self.arms)))
+        numbers = [self.number({arm: runs[arm][seed] for arm in self.arms}) for seed in seeds]
+        low, number, high = interval(numbers)
+        above, below = low > self.bar, high < self.bar
+        holds, fails = (above, below) if self.above else (below, above)
+        return Finding("holds" if holds else "fails" if fails else "open", number, low, high, len(seeds), self.unit)
 
 
-def better(arm: str, than: str) -> Difference:
-    return Difference(arm, than)
+def lower_loss(arm: str, than: str, bar: float, measure: str = "best_validation_loss") -> Rule:
+    """By how many percent of `than`'s loss the loss of `arm` lies below it."""
+
+    def number(runs: Mapping[str, Record]) -> float:
+        return 100 * (runs[than][measure] - runs[arm][measure]) / runs[than][measure]
+
+    words = f"{measure} of {arm} below that of {than}, percent of the latter, paired by seed"
+    return Rule((arm, than), words, number, bar)
 
 
-def no_worse(arm: str, than: str) -> Difference:
-    return Difference(arm, than, gain=False)
+# Seeds and rounding alone move a loss by 5 %: less is no reason to choose.
+
+
+def better(arm: str, than: str, least: float = 5) -> Rule:
+    return lower_loss(arm, than, least)
+
+
+def no_worse(arm: str, than: str, most: float = 5) -> Rule:
+    return lower_loss(arm, than, -most)
+
+
+def score(arm: str, name: str, bar: float, above: bool = True) -> Rule:
+    """The percentage of right answers of one kind, `name` in the record's scores."""
+    words = f"right answers of {arm}, {name}"
+    return Rule((arm,), words, lambda runs: 100 * runs[arm]["scores"][name], bar, "%", above)
+
+
+def more_right(arm: str, than: str, name: str, bar: float, above: bool = True) -> Rule:
+    """By how many points, hundredths of all answers, `arm` is right more often than `than`."""
+    words = f"right answers of {arm}, {name}, above those of {than}, paired by seed"
+
+    def number(runs: Mapping[str, Record]) -> float:
+        return 100 * (runs[arm]["scores"][name] - runs[than]["scores"][name])
+
+    return Rule((arm, than), words, number, bar, "points", above)
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
@@ -94,29 +113,18 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One of the things compared: a method, and the fields of its LoRAConfig that are not the default."""
-
-    method: str
-    lora: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a claim is run at one scale."""
-
-    data: str
-    steps: int
-    seeds: int
-    minutes: int  # on two cores
-
-
-@dataclass(frozen=True)
 class Claim:
     name: str
     sentence: str  # as people say it
     source: str  # who says it, and where
-    arms: dict[str, Arm]
     rule: Rule
-    plans: dict[str, Plan]  # by scale: "tiny" is the shipped base, "smollm2" the real model
-    objection: str  # the strongest one to this experiment
+    studies: tuple[Study, ...]  # each has the rule's arms
+    objection: str  # the strongest one to these studies
+
+
+def summary(findings: list[Finding]) -> str:
+    """One word for all the studies of a claim: where some hold and some fail, it depends."""
+    verdicts = {found.verdict for found in findings}
+    if {"holds", "fails"} <= verdicts:
+        return "depends"
+    return "open" if "open" in verdicts else next(iter(verdicts), "not run")

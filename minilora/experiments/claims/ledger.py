@@ -1,189 +1,210 @@
 """The ledger: all claims, the runs that are stored for them, and the verdicts computed from these.
 
 Each arm gets a learning rate of its own, from a grid that goes on until both neighbours of the best are worse, with a
-seed that is not reported. Every run is stored as it ends, in data/claims/NAME.SCALE.json, so a kill costs one run.
+seed that is not reported. Every run is stored as it ends, in data/claims/STUDY.SCALE.json, so a kill costs one run.
 """
 
-import datetime
-import platform
-import time
-from collections.abc import Iterator
+import json
 from pathlib import Path
 
-import torch
-
-from minilora.config import LoRAConfig
-from minilora.experiments import figures
 from minilora.experiments.claims import variants
-from minilora.experiments.claims.claim import Arm, Claim, Finding, Plan
-from minilora.experiments.methods import BaseFolder, Experiment
-from minilora.experiments.run import BASE, DATA, open_base, run, schedule
+from minilora.experiments.claims.claim import Claim, Finding, Runs, summary
+from minilora.experiments.claims.study import BASES, Setting, Study, timed
+from minilora.experiments.run import DATA, open_base
 from minilora.experiments.tune import TUNING_SEED, grid_of, search
-from minilora.inference.evaluate import score_task
-from minilora.storage.files import read_json, replacing, write_json
+from minilora.storage.files import naming, read_json, replacing
 from minilora.storage.locks import locked
-from minilora.text.datasets import Dataset, load_dataset
 from minilora.train_settings import NonFiniteError
 
-CLAIMS = {claim.name: claim for claim in variants.CLAIMS}
+FAMILIES = (variants,)
+CLAIMS = {claim.name: claim for family in FAMILIES for claim in family.CLAIMS}
+STUDIES = {study.name: study for claim in CLAIMS.values() for study in claim.studies}
 FOLDER = DATA / "claims"
-RUN = "learning_rate", "seed", "environment"  # with its arm and plan, what a run is a function of
-ROW = 128  # tokens of a row of text, and of an example at most
-BASES: dict[str, str | Path] = {"tiny": BASE, "smollm2": "smollm2"}
 
 
-def find(name: str, scale: str) -> tuple[Claim, Plan]:
-    """ValueError for a claim that is not in the ledger, and for a scale at which it is not run."""
+def find(name: str, scale: str | None = None) -> tuple[Claim, list[Study]]:
+    """The claim and its studies at that scale, or at any. ValueError for a claim that is not in the ledger, and for a
+    scale at which it is not studied."""
     if name not in CLAIMS:
         raise ValueError(f"there is no claim {name!r}; the ledger has {', '.join(CLAIMS)}")
-    if scale not in CLAIMS[name].plans:
-        raise ValueError(f"claim {name} is not run at scale {scale}; it is at {', '.join(CLAIMS[name].plans)}")
-    return CLAIMS[name], CLAIMS[name].plans[scale]
+    claim = CLAIMS[name]
+    studies = [study for study in claim.studies if scale is None or scale in study.plans]
+    if not studies:
+        scales = sorted({scale for study in claim.studies for scale in study.plans})
+        raise ValueError(f"claim {name} is not studied at scale {scale}; it is at {', '.join(scales)}")
+    return claim, studies
 
 
-def file_of(claim: Claim, scale: str) -> Path:
-    return FOLDER / f"{claim.name}.{scale}.json"
+def file_of(study: Study, scale: str) -> Path:
+    return FOLDER / f"{study.name}.{scale}.json"
 
 
-def stored(claim: Claim, scale: str) -> list[dict]:
+def stored(study: Study, scale: str) -> list[dict]:
     """The records of the runs so far: arm, seed, learning_rate, losses. Those with TUNING_SEED chose the rates.
 
-    Raises ValueError for runs of another plan than the claim's.
+    Raises ValueError for runs of another plan than the study's.
     """
-    path, steps = file_of(claim, scale), claim.plans[scale].steps
+    path, steps = file_of(study, scale), study.plans[scale].steps
     records = read_json(path)["runs"] if path.is_file() else []
     for record in records:
-        if record["arm"] not in claim.arms or record["steps"] != steps:
+        if record["arm"] not in study.arms or record["steps"] != steps:
             what = f"a run of {record['arm']} with {record['steps']} steps"
-            raise ValueError(f"{path} holds {what}, which is not in the claim's plan; remove the file to run it anew")
+            raise ValueError(f"{path} holds {what}, which is not in the study's plan; remove the file to run it anew")
     return records
 
 
-def finding(claim: Claim, scale: str) -> Finding | None:
-    """The verdict from what is stored; None before there are two seeds of each arm."""
-    runs: dict[str, dict[int, dict]] = {arm: {} for arm in claim.arms}
-    for record in stored(claim, scale):
+def write(study: Study, scale: str, records: list[dict]):
+    """One line a run."""
+    path = file_of(study, scale)
+    with naming(f"cannot write {path} as JSON"):
+        runs = ",\n".join(json.dumps(record, allow_nan=False) for record in records)
+    head = f'"study": "{study.name}", "scale": "{scale}", "data": "{study.plans[scale].data}"'
+    with replacing(path) as temporary:
+        temporary.write_text(f'{{{head}, "runs": [\n{runs}\n]}}\n', encoding="utf-8")
+
+
+def reported(study: Study, scale: str) -> Runs:
+    """The stored runs by arm and seed, without those that chose a rate."""
+    runs: dict[str, dict[int, dict]] = {arm: {} for arm in study.arms}
+    for record in stored(study, scale):
         if record["seed"] != TUNING_SEED:
             runs[record["arm"]][record["seed"]] = record
-    return claim.rule.decide(runs) if min(map(len, runs.values())) > 1 else None
+    return runs
+
+
+def finding(claim: Claim, study: Study, scale: str) -> Finding | None:
+    """The verdict from what is stored; None before there are two seeds of each arm."""
+    runs = reported(study, scale)
+    return claim.rule.decide(runs) if min(len(runs[arm]) for arm in claim.rule.arms) > 1 else None
 
 
 def run_claim(
     name: str, scale: str = "tiny", seeds: int | None = None, device: str = "cpu", progress: bool = True
-) -> Finding | None:
-    """Makes the runs that are not stored yet, seeds 0, 1, ... of each arm, and returns the verdict.
+) -> None:
+    """Makes the runs that are not stored yet, seeds 0, 1, ... of each arm of the claim's rule, in all its studies.
 
     Raises ValueError as `find`, and for an arm that diverges at every rate of its grid.
     """
-    claim, plan = find(name, scale)
-    base = open_base(BASES[scale], device)
-    data = load_dataset(plan.data, base.tokenizer, ROW)
+    claim, studies = find(name, scale)
+    for study in studies:
+        run_study(study, scale, claim.rule.arms, seeds, device, progress)
 
-    def same_runs(what: Arm, *wanted) -> Iterator[dict]:
-        """Of other claims: one machine gives an equal arm the same run again, on the same data with as many steps."""
-        for other in CLAIMS.values():
-            if scale in other.plans and (other.plans[scale].data, other.plans[scale].steps) == (plan.data, plan.steps):
-                for record in stored(other, scale):
-                    if (other.arms[record["arm"]], *(record[key] for key in RUN)) == (what, *wanted):
-                        yield record
 
-    def record_of(arm: str, rate: float, seed: int) -> dict:
-        for record in stored(claim, scale):
-            if (record["arm"], record["learning_rate"], record["seed"]) == (arm, rate, seed):
-                return record
-        same = list(same_runs(claim.arms[arm], rate, seed, environment(device)))
-        record = same[0] if same else measure(base, data, claim.arms[arm], plan.steps, rate, seed, progress)
-        with locked(file_of(claim, scale)):
-            records = [*stored(claim, scale), {**record, "arm": arm, "seed": seed, "learning_rate": rate}]
-            write_json(file_of(claim, scale), {"claim": name, "scale": scale, "data": plan.data, "runs": records})
+def run_study(study: Study, scale: str, arms: tuple[str, ...], seeds: int | None, device: str, progress: bool):
+    plan, base = study.plans[scale], open_base(BASES[scale], device)
+
+    def record_of(arm: str, rate: float | None, seed: int) -> dict:
+        wanted = arm, rate, seed
+        found = [r for r in stored(study, scale) if (r["arm"], r["learning_rate"], r["seed"]) == wanted]
+        if found:
+            return found[0]
+        setting = Setting(base, plan, study.arms[arm], rate, seed, progress)
+        try:
+            record = timed(study, setting)
+        except NonFiniteError:
+            if not setting.tuning:
+                raise
+            record = {"method": study.arms[arm].method, "steps": plan.steps, study.chosen_by: None}
+        record = {"arm": arm, "learning_rate": rate, "seed": seed, **record}
+        with locked(file_of(study, scale)):
+            records = [*stored(study, scale), record]
+            write(study, scale, records)
         return record
 
-    for arm, what in claim.arms.items():
+    def rate_of(arm: str) -> float | None:
+        what = study.arms[arm]
+        if what.method is None:
+            return None
+        if what.rate_of is not None:
+            other = rate_of(what.rate_of)
+            return None if other is None else float(f"{other * what.rate_times:.2g}")
 
-        def loss_at(rate: float, arm=arm) -> float | None:
-            return record_of(arm, rate, TUNING_SEED)["best_validation_loss"]
+        def loss_at(rate: float) -> float | None:
+            return record_of(arm, rate, TUNING_SEED)[study.chosen_by]
 
-        losses = search(loss_at, grid_of(what.method, scale != "tiny"))
-        finite = {rate: loss for rate, loss in losses.items() if loss is not None}
+        tried = search(loss_at, grid_of(what.method, scale != "tiny"))
+        finite = {rate: loss for rate, loss in tried.items() if loss is not None}
         if not finite:
-            raise ValueError(f"{arm} diverged at every rate of its grid, {', '.join(map(str, losses))}")
-        rate = min(finite, key=lambda rate: finite[rate])
+            raise ValueError(f"{arm} diverged at every rate of its grid, {', '.join(map(str, tried))}")
+        return min(finite, key=lambda rate: finite[rate])
+
+    for arm in arms:
+        rate = rate_of(arm)
         for seed in range(plan.seeds if seeds is None else seeds):
             record_of(arm, rate, seed)
-    return finding(claim, scale)
 
 
-def measure(base: BaseFolder, data: Dataset, arm: Arm, steps: int, rate: float, seed: int, progress: bool) -> dict:
-    """One run as a record. A tuning run is not scored, and has the loss None where it diverges."""
-    training = schedule(**data.training | {"steps": steps}, learning_rate=rate, seed=seed)
-    lora = LoRAConfig(**{"r": 8, "lora_alpha": 16, "target_modules": "all-linear", **arm.lora})
-    experiment = Experiment(base, data, arm.method, training, lora)
-    began = time.perf_counter()
-    record: dict = {"method": arm.method, "steps": steps, "best_validation_loss": None, "score": None}
-    try:
-        finished = run(experiment, progress=progress)
-        record |= {"best_validation_loss": finished.history.best_validation_loss}
-        record |= {"validation_loss": finished.history.validation_loss}
-        if data.task and seed != TUNING_SEED:
-            record["score"] = score_task(finished.model, base.tokenizer, data.task).score
-    except NonFiniteError:
-        if seed != TUNING_SEED:
-            raise
-    today = datetime.date.today().isoformat()
-    return {
-        **record,
-        "seconds": round(time.perf_counter() - began, 1),
-        "date": today,
-        "environment": environment(base.device),
-    }
+def cases(name: str, scale: str | None) -> list[tuple[Study, str]]:
+    """Where a claim is studied: at that scale, or at all."""
+    _, studies = find(name, scale)
+    return [(study, at) for study in studies for at in study.plans if scale in (None, at)]
 
 
-def environment(device: str) -> dict[str, str | int]:
-    machine: dict[str, str | int] = {"torch": torch.__version__, "python": platform.python_version()}
-    processor = platform.processor() or platform.machine()
-    return machine | {"threads": torch.get_num_threads(), "processor": processor, "device": device}
-
-
-def draw(name: str, scale: str, folder: Path) -> Path | None:
-    """Writes the figure of a claim's reported runs to the folder; None where there are none."""
-    claim, plan = find(name, scale)
-    runs = [record for record in stored(claim, scale) if record["seed"] != TUNING_SEED]
-    if not runs:
-        return None
-    losses = {arm: {r["seed"]: r["best_validation_loss"] for r in runs if r["arm"] == arm} for arm in claim.arms}
-    path = folder / f"{name}.{scale}.png"
-    with replacing(path) as temporary:
-        figures.paired_losses(losses, f"{name}: {plan.data}, {plan.steps} steps").savefig(temporary, dpi=150)
-    return path
+def draw(name: str, scale: str | None, folder: Path) -> list[Path]:
+    """Writes a figure of the reported runs of each of the claim's studies that has any; returns their paths."""
+    arms, paths = CLAIMS[name].rule.arms, []
+    for study, at in cases(name, scale):
+        runs = {arm: by_seed for arm, by_seed in reported(study, at).items() if arm in arms and by_seed}
+        if runs:
+            paths.append(folder / f"{name}.{study.name}.{at}.png")
+            with replacing(paths[-1]) as temporary:
+                study.figure(f"{name}: {study.about}", runs).savefig(temporary, dpi=150)
+    return paths
 
 
 def table() -> str:
-    """The ledger in Markdown: one row for each claim and scale."""
-    head = "| claim | who says it | scale | verdict | the number that decides (90 % interval) | seeds | date |"
-    rows = [head, "|---|---|---|---|---|---|---|"]
+    """The ledger in Markdown: one row for each claim, and in it one line for each study and scale."""
+    rows = [
+        "| claim | who says it | verdict | the number that decides (90 % interval) | seeds |",
+        "|---|---|---|---|---|",
+    ]
     for claim in CLAIMS.values():
-        for scale in claim.plans:
-            found, records = finding(claim, scale), stored(claim, scale)
-            what = f"| `{claim.name}`: {claim.sentence} | {claim.source} | {scale} |"
-            date = max((record["date"] for record in records), default="")
-            said = f"{found.verdict} | {found.text()} | {found.seeds}" if found else "not run | | "
-            rows.append(f"{what} {said} | {date} |")
+        found = {case: finding(claim, *case) for case in cases(claim.name, None)}
+        done = [each for each in found.values() if each]
+        lines = [f"{where(*case)}: {said(each, len(done) > 1)}" for case, each in found.items()]
+        seeds = "<br>".join(str(each.seeds) if each else "" for each in found.values())
+        what = f"| `{claim.name}`: {claim.sentence} | {claim.source} | {summary(done)} |"
+        rows.append(f"{what} {'<br>'.join(lines)} | {seeds} |")
     return "\n".join(rows)
 
 
-def details(name: str, scale: str = "tiny") -> str:
-    """A claim with its arms, its rule and every run that is stored."""
-    claim, plan = find(name, scale)
-    records, found = stored(claim, scale), finding(claim, scale)
-    runs = f"{plan.data}, {plan.steps} steps, {plan.seeds} seeds, about {plan.minutes} minutes on two cores"
+def where(study: Study, scale: str) -> str:
+    return f"{study.name}, {scale}"
+
+
+def said(found: Finding | None, with_verdict: bool) -> str:
+    if found is None:
+        return "not run"
+    return f"{found.verdict}, {found.text()}" if with_verdict else found.text()
+
+
+def details(name: str, scale: str | None = None) -> str:
+    """A claim with its rule, and of each study the arms and every run that is stored."""
+    claim, _ = find(name, scale)
     about = {"said by": claim.source, "statistic": claim.rule.statistic, "rule": claim.rule.words}
-    about |= {"runs": runs, "objection": claim.objection}
-    lines = [claim.sentence, *(f"{key:<11}{value}" for key, value in about.items()), ""]
-    lines += [f"{'arm':<12}{'rate':>8}{'seed':>6}{'loss':>9}{'score':>8}{'seconds':>9}"]
+    lines = [claim.sentence, *(f"{key:<11}{value}" for key, value in about.items())]
+    lines.append(f"{'objection':<11}{claim.objection}")
+    for study, at in cases(name, scale):
+        lines += ["", *runs_of(claim, study, at)]
+    return "\n".join(lines)
+
+
+def runs_of(claim: Claim, study: Study, scale: str) -> list[str]:
+    """The lines on one study at one scale."""
+    plan, found = study.plans[scale], finding(claim, study, scale)
+    records = [record for record in stored(study, scale) if record["arm"] in claim.rule.arms]
+    runs = f"{plan.steps} steps, {plan.seeds} seeds, about {plan.minutes:g} minutes a run on two cores"
+    names = list(dict.fromkeys(name for record in records for name in record.get("scores", {})))
+    wide = max(map(len, claim.rule.arms))
+    head = f"{'arm':<{wide}}{'rate':>9}{'seed':>6}{'loss':>10}" + "".join(f"{name:>{len(name) + 2}}" for name in names)
+    lines = [f"{where(study, scale)}: {study.about}; {runs}", f"{head}{'seconds':>9}"]
     for record in records:
-        loss, score = record["best_validation_loss"], record["score"]
-        kind = " (chooses the rate)" if record["seed"] == TUNING_SEED else ""
-        numbers = f"{'diverged' if loss is None else f'{loss:.4f}':>9}{'' if score is None else f'{score:.3f}':>8}"
-        run_by = f"{record['arm']:<12}{record['learning_rate']:>8g}{record['seed']:>6}"
-        lines.append(f"{run_by}{numbers}{record['seconds']:>9}{kind}")
-    return "\n".join([*lines, "", f"{found.verdict}: {found.text()}, {found.seeds} seeds" if found else "not run yet"])
+        loss, rate = record[study.chosen_by], record["learning_rate"]
+        text = f"{record['arm']:<{wide}}{'' if rate is None else f'{rate:g}':>9}{record['seed']:>6}"
+        text += f"{'diverged' if loss is None else f'{loss:.4f}':>10}"
+        for name in names:
+            value = record.get("scores", {}).get(name)
+            text += f"{'' if value is None else f'{value:.3f}':>{len(name) + 2}}"
+        kind = "  (chooses the rate)" if record["seed"] == TUNING_SEED else ""
+        lines.append(f"{text}{record.get('seconds', ''):>9}{kind}")
+    return [*lines, f"{found.verdict}: {found.text()}, {found.seeds} seeds" if found else "not run yet"]
