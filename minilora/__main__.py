@@ -18,7 +18,7 @@ from minilora.config import LoRAConfig
 from minilora.dtypes import DTYPES, dtype_name
 from minilora.experiments import bench as benchmarks
 from minilora.experiments import bench_model
-from minilora.experiments.claims import ledger
+from minilora.experiments.claims import ledger, report
 from minilora.experiments.compare import compare as compare_methods
 from minilora.experiments.merge import merge_adapter
 from minilora.experiments.methods import BaseFolder, Experiment
@@ -202,13 +202,13 @@ def convert(options):
 def claims(options):
     """The ledger of claims about LoRA: list prints the verdicts, run NAME measures one, show NAME prints its runs."""
     if options.action == "list":
-        return print(ledger.table())
+        return print(report.table())
     if options.claim is None:
         raise ValueError(f"claims {options.action} takes the name of a claim: {', '.join(ledger.CLAIMS)}")
     if options.action == "run":
-        ledger.run_claim(options.claim, options.scale or "tiny", options.seeds, device_of(options))
-    print(ledger.details(options.claim, options.scale))
-    for path in ledger.draw(options.claim, options.scale, Path("runs/claims")):
+        ledger.run_named(options.claim, options.scale or "tiny", options.seeds, device_of(options))
+    print(report.details(options.claim, options.scale))
+    for path in report.draw(options.claim, options.scale, Path("runs/claims")):
         print(f"a figure is in {path}")
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from minilora.__main__ import main
-from minilora.experiments.claims import ledger, study
+from minilora.experiments.claims import ledger, report, study
 from minilora.experiments.claims.claim import (
     Claim,
     Finding,
@@ -22,6 +22,7 @@ from minilora.experiments.claims.claim import (
 from minilora.experiments.claims.study import Arm, Plan, Study
 from minilora.experiments.run import open_base
 from minilora.experiments.tune import TUNING_SEED, grid_of
+from minilora.train_settings import NonFiniteError
 
 SPREAD = [0.98, 1.0, 1.01, 1.02, 0.99]  # of seeds, as a factor
 
@@ -145,14 +146,17 @@ def book(monkeypatch, tmp_path):
         Claim("dora", "DoRA is better.", "nobody", better("dora", "lora"), (small,), "made up"),
         Claim("gentle", "A third of the rate does it.", "nobody", no_worse("gentle", "base"), (small,), "made up"),
     ]
-    monkeypatch.setattr(ledger, "CLAIMS", {claim.name: claim for claim in claims})
+    for module in (ledger, report):
+        monkeypatch.setattr(module, "CLAIMS", {claim.name: claim for claim in claims})
+    monkeypatch.setattr(ledger, "STUDIES", {"small": small})
     monkeypatch.setattr(ledger, "FOLDER", tmp_path)
     return ran
 
 
 def test_rates_are_chosen_on_a_seed_that_is_not_reported(book):
-    ledger.run_claim("dora")
-    found = ledger.finding(ledger.CLAIMS["dora"], ledger.CLAIMS["dora"].studies[0], "tiny")
+    ledger.run_named("dora")
+    (case,) = ledger.find("dora")
+    found = ledger.finding(ledger.CLAIMS["dora"], case)
     assert found.verdict == "holds" and found.seeds == 3
     assert {seed for _, rate, seed in book if rate != 0.01} == {TUNING_SEED}
     for arm in ("lora", "dora"):
@@ -161,17 +165,46 @@ def test_rates_are_chosen_on_a_seed_that_is_not_reported(book):
         assert [seed for method, _, seed in book if method == arm and seed != TUNING_SEED] == [0, 1, 2]
 
 
+def test_a_rate_at_which_a_run_diverges_is_out_of_the_question(book, monkeypatch):
+    small = ledger.STUDIES["small"]
+
+    def measure(setting):
+        if setting.rate > 0.02 or not setting.tuning and setting.arm.method == "dora":
+            raise NonFiniteError("diverged")
+        return small.measure(setting)
+
+    again = Study("small", "made up", ARMS, small.plans, measure)
+    monkeypatch.setattr(ledger, "STUDIES", {"small": again})
+    ledger.run_case(ledger.Case(again, "tiny", ("lora",)), None, "cpu", False)
+    diverged = [run for run in ledger.stored(again, "tiny") if run["best_validation_loss"] is None]
+    assert {run["learning_rate"] for run in diverged} == {0.03} and diverged[0]["environment"]["torch"]
+    with pytest.raises(NonFiniteError):  # a seed that is reported must not be left out in silence
+        ledger.run_case(ledger.Case(again, "tiny", ("dora",)), None, "cpu", False)
+
+
 def test_a_rate_can_be_a_part_of_another_arms_and_the_base_has_none(book):
-    ledger.run_claim("gentle", seeds=2)
+    ledger.run_named("gentle", seeds=2)
     runs = [run for run in book if run[2] != TUNING_SEED]
     assert runs == [("lora", 0.0033, 0), ("lora", 0.0033, 1), (None, None, 0), (None, None, 1)]
     assert {method for method, _, seed in book if seed == TUNING_SEED} == {"lora"}
 
 
+def test_a_study_is_run_and_shown_with_all_its_arms(book):
+    ledger.run_named("small")
+    assert {(method, rate) for method, rate, seed in book if seed == 0} >= {("lora", 0.01), ("lora", 0.0033)}
+    assert sum(seed != TUNING_SEED for _, _, seed in book) == 4 * 3
+    said = report.details("small")
+    assert all(f"\n{arm} " in said for arm in ARMS) and "dora                holds: +20.0 %" in said
+
+
+def test_no_study_has_the_name_of_a_claim():
+    assert not set(ledger.CLAIMS) & set(ledger.STUDIES)
+
+
 def test_runs_that_two_claims_share_are_made_once(book):
-    ledger.run_claim("dora")
+    ledger.run_named("dora")
     book.clear()
-    ledger.run_claim("gentle")
+    ledger.run_named("gentle")
     assert TUNING_SEED not in {seed for _, _, seed in book}, "LoRA's rate had been chosen"
 
 
@@ -180,7 +213,7 @@ def test_a_killed_run_costs_one_run(book, monkeypatch, tmp_path):
         runs = json.loads((tmp_path / "small.tiny.json").read_text())["runs"]
         return [{key: value for key, value in run.items() if key != "seconds"} for run in runs]
 
-    ledger.run_claim("dora")
+    ledger.run_named("dora")
     whole, expected = list(book), content()
     (tmp_path / "small.tiny.json").unlink()
     measured = ledger.timed
@@ -195,7 +228,7 @@ def test_a_killed_run_costs_one_run(book, monkeypatch, tmp_path):
 
         monkeypatch.setattr(ledger, "timed", killed)
         try:
-            ledger.run_claim("dora")
+            ledger.run_named("dora")
         except KeyboardInterrupt:
             pass
         assert book == whole[done : done + 1], f"after {done} stored runs, {book} was run"
@@ -204,7 +237,7 @@ def test_a_killed_run_costs_one_run(book, monkeypatch, tmp_path):
 
 
 def test_runs_of_another_plan_are_refused(book, tmp_path):
-    ledger.run_claim("dora", seeds=2)
+    ledger.run_named("dora", seeds=2)
     path, where = tmp_path / "small.tiny.json", ledger.CLAIMS["dora"].studies[0]
     for change in ({"steps": 8}, {"arm": "pissa"}):
         content = json.loads(path.read_text())
@@ -250,11 +283,10 @@ def test_a_real_run_is_recorded_and_scored():
 
 @pytest.mark.parametrize("claim", ledger.CLAIMS.values(), ids=ledger.CLAIMS)
 def test_the_committed_runs_are_those_of_the_plan(claim):
-    for where in claim.studies:
-        for scale, plan in where.plans.items():
-            records = ledger.stored(where, scale)
-            for arm in claim.rule.arms if ledger.finding(claim, where, scale) else ():
-                check_runs(where, arm, records, plan.seeds)
+    for case in ledger.find(claim.name):
+        records = ledger.stored(case.study, case.scale)
+        for arm in case.arms if ledger.finding(claim, case) else ():
+            check_runs(case.study, arm, records, case.study.plans[case.scale].seeds)
 
 
 def check_runs(where, arm: str, records: list[dict], seeds: int):
@@ -274,6 +306,6 @@ def check_runs(where, arm: str, records: list[dict], seeds: int):
 
 def test_the_readme_has_the_ledger():
     readme = (ledger.DATA.parent / "README.md").read_text(encoding="utf-8")
-    assert ledger.table() in readme, (
-        f"README's table should be what `python -m minilora claims` prints:\n{ledger.table()}"
+    assert report.table() in readme, (
+        f"README's table should be what `python -m minilora claims` prints:\n{report.table()}"
     )

@@ -21,6 +21,7 @@ from minilora.experiments.tune import TUNING_SEED
 from minilora.inference.evaluate import score_task
 from minilora.model import GPT
 from minilora.text.datasets import Dataset, load_dataset
+from minilora.train_settings import NonFiniteError
 
 ROW = 128  # tokens of a row of text, and of an example at most
 BASES: dict[str, str | Path] = {"tiny": BASE, "smollm2": "smollm2"}  # by scale
@@ -124,9 +125,14 @@ class Study:
 
 
 def timed(study: Study, setting: Setting) -> dict:
-    """The record of one run, with how long it took, when and where."""
+    """The record of one run, with how long it took, when and where; its loss is None where it diverged while tuning."""
     began = time.perf_counter()
-    record = study.measure(setting)
+    try:
+        record = study.measure(setting)
+    except NonFiniteError:
+        if not setting.tuning:
+            raise
+        record = {study.chosen_by: None}
     where = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
     processor = platform.processor() or platform.machine()
     if setting.base.device == "cuda":

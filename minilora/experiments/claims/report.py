@@ -1,0 +1,91 @@
+"""The ledger on paper: its table, a claim with all its runs, and its figures."""
+
+from pathlib import Path
+
+from minilora.experiments.claims.claim import Finding, summary
+from minilora.experiments.claims.ledger import CLAIMS, Case, find, finding, reported, stored
+from minilora.experiments.claims.study import paired_losses
+from minilora.experiments.tune import TUNING_SEED
+from minilora.storage.files import replacing
+
+
+def table() -> str:
+    """The ledger in Markdown: one row for each claim, and in it one line for each study and scale."""
+    head = "| claim | who says it | verdict | the number that decides (90 % interval) | seeds, date |"
+    rows = [head, "|---|---|---|---|---|"]
+    for claim in CLAIMS.values():
+        found = [(case, finding(claim, case)) for case in find(claim.name)]
+        done = [each for _, each in found if each]
+        lines = [f"{case.title}: {said(each, len(done) > 1)}" for case, each in found]
+        runs = [f"{each.seeds}, {last_date(case)}" if each else "" for case, each in found]
+        what = f"| `{claim.name}`: {claim.sentence} | {claim.source} | {summary(done)} |"
+        rows.append(f"{what} {'<br>'.join(lines)} | {'<br>'.join(runs)} |")
+    return "\n".join(rows)
+
+
+def last_date(case: Case) -> str:
+    return max(record["date"] for record in stored(case.study, case.scale) if record["arm"] in case.arms)
+
+
+def said(found: Finding | None, with_verdict: bool) -> str:
+    if found is None:
+        return "not run"
+    return f"{found.verdict}, {found.text()}" if with_verdict else found.text()
+
+
+def details(name: str, scale: str | None = None) -> str:
+    """A claim with its rule and the runs of its arms, or a study with all its runs and what follows from them."""
+    cases, lines = find(name, scale), []
+    if name in CLAIMS:
+        claim = CLAIMS[name]
+        about = {"said by": claim.source, "statistic": claim.rule.statistic, "rule": claim.rule.words}
+        about |= {"objection": claim.objection}
+        lines = [claim.sentence, *(f"{key:<11}{value}" for key, value in about.items()), ""]
+    for case in cases:
+        lines += [*runs_of(case), ""]
+        for claim in [CLAIMS[name]] if name in CLAIMS else CLAIMS.values():
+            if case.study in claim.studies:
+                found = finding(claim, case)
+                verdict = f"{found.verdict}: {found.text()}, {found.seeds} seeds" if found else "not run yet"
+                lines.append(verdict if name in CLAIMS else f"{claim.name:<20}{verdict}")
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def runs_of(case: Case) -> list[str]:
+    """A line for every stored run of the case's arms."""
+    study, plan = case.study, case.study.plans[case.scale]
+    records = [record for record in stored(study, case.scale) if record["arm"] in case.arms]
+    runs = f"{plan.steps} steps, {plan.seeds} seeds, about {plan.minutes:g} minutes a run on two cores"
+    names = list(dict.fromkeys(name for record in records for name in record.get("scores", {})))
+    wide = max(map(len, case.arms))
+    head = f"{'arm':<{wide}}{'rate':>9}{'seed':>6}{'loss':>10}" + "".join(f"{name:>{len(name) + 2}}" for name in names)
+    lines = [f"{case.title}: {study.about}; {runs}", f"{head}{'seconds':>9}"]
+    for record in records:
+        loss, rate = record.get(study.chosen_by), record["learning_rate"]
+        text = f"{record['arm']:<{wide}}{'' if rate is None else f'{rate:g}':>9}{record['seed']:>6}"
+        lost = "diverged" if rate is not None else ""
+        text += f"{lost if loss is None else f'{loss:.4f}':>10}"
+        for name in names:
+            value = record.get("scores", {}).get(name)
+            text += f"{'' if value is None else f'{value:.3f}':>{len(name) + 2}}"
+        kind = "  (chooses the rate)" if record["seed"] == TUNING_SEED else ""
+        lines.append(f"{text}{record.get('seconds', ''):>9}{kind}")
+    return lines
+
+
+def draw(name: str, scale: str | None, folder: Path) -> list[Path]:
+    """Writes a figure of the reported runs of each case that has any, and returns the paths.
+
+    A study's own figure shows all its arms; the plain one, of losses, those that a claim compares.
+    """
+    paths = []
+    for case in find(name, scale):
+        study = case.study
+        arms = case.arms if study.figure is paired_losses else tuple(study.arms)
+        runs = {arm: by_seed for arm, by_seed in reported(study, case.scale).items() if arm in arms and by_seed}
+        if runs:
+            paths.append(folder / f"{name}.{study.name}.{case.scale}.png")
+            with replacing(paths[-1]) as temporary:
+                study.figure(f"{name}: {case.title}", runs).savefig(temporary, dpi=150)
+    return paths
