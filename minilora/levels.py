@@ -106,3 +106,9 @@ def unpack_codes(packed: Tensor) -> Tensor:
 def level_pairs(scheme: str, device: torch.device) -> Tensor:
     """The two levels that each byte stands for, (256, 2): one look-up instead of two, and no shifting."""
     return LEVELS[scheme][unpack_codes(torch.arange(256)).view(256, 2)].to(device)
+
+
+@cache
+def scale_levels_on(device: torch.device) -> Tensor:
+    """SCALE_LEVELS, moved to a device once: every move there waits until the device has done all its work."""
+    return SCALE_LEVELS.to(device)

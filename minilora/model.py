@@ -156,7 +156,12 @@ class Attention(nn.Module):
             k = torch.cat([past[0].to(k.dtype), k], dim=2)  # (B, K, S, D)
             v = torch.cat([past[1].to(v.dtype), v], dim=2)  # (B, K, S, D)
         causal = mask is None and T > 1  # then the mask is the plain one, which the kernel makes itself
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        keys, values, times = k, v, q.shape[1] // k.shape[1]
+        if times > 1 and q.is_cuda and (mask is not None or q.dtype.itemsize > 2):
+            # Of CUDA's kernels that keep no (T, S) scores, the one that shares k and v takes no mask and no float32.
+            keys, values = k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1)  # (B, H, S, D)
+        shared = q.shape[1] != keys.shape[1]
+        y = F.scaled_dot_product_attention(q, keys, values, mask, is_causal=causal, enable_gqa=shared)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), (k, v)  # (B, H, T, D) -> (B, T, H·D) -> (B, T, C)
 
 

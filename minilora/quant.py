@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minilora.levels import LEVELS, SCALE_LEVELS, encode, level_pairs, nearest, pack_codes
+from minilora.levels import LEVELS, encode, level_pairs, nearest, pack_codes, scale_levels_on
 
 SCALE_BLOCK = 256  # scales that share a scale under double quantization
 CHUNK = 2**20  # weights handled at a time: temporaries stay small, and in the processor's cache
+WAVES = 8  # times as many on a GPU, where the start of a kernel would take longer than the kernel
 BLOCK_SIZES = [2**power for power in range(4, 13)]  # 16 to 4096: a chunk holds whole blocks
 TINY = 1e-38  # in place of a scale of zero, which cannot be divided by
 
@@ -92,7 +93,7 @@ class QuantizedTensor:
         """The scale of each block, float32 (N,)."""
         if self.nested_scales is None or self.nested_offset is None:
             return self.scales
-        level = SCALE_LEVELS.to(self.scales.device)[self.scales.int()]
+        level = scale_levels_on(self.scales.device)[self.scales.int()]
         return level * self.nested_scales.repeat_interleave(SCALE_BLOCK)[: len(level)] + self.nested_offset
 
 
@@ -120,7 +121,7 @@ def quantize(weight: Tensor, scheme: str = "nf4", block_size: int = 64, double_q
         found = f"{weight.dtype} {tuple(weight.shape)}"
         raise ValueError(f"the weight is {found}; only floating-point numbers are quantized")
     pieces = []
-    for piece in weight.detach().reshape(-1).split(CHUNK):
+    for piece in weight.detach().reshape(-1).split(chunk_on(weight.device)):
         scaled, absmax = scale_to_unit(piece, block_size)
         codes = pack_codes(encode(F.pad(scaled, (0, len(scaled) % 2)), scheme))  # an odd end is filled up with a zero
         pieces.append((codes, absmax))
@@ -128,6 +129,10 @@ def quantize(weight: Tensor, scheme: str = "nf4", block_size: int = 64, double_q
     check_finite("the weight", scales)  # a block with NaN or infinity in it has no finite absmax
     quantized = QuantizedTensor(codes, scales, scheme, block_size, tuple(weight.shape), weight.dtype)
     return quantize_scales(quantized) if double_quant else quantized
+
+
+def chunk_on(device: torch.device) -> int:
+    return CHUNK if device.type == "cpu" else WAVES * CHUNK
 
 
 def check_finite(name: str, tensor: Tensor):
@@ -155,7 +160,7 @@ def quantize_scales(quantized: QuantizedTensor) -> QuantizedTensor:
     before the scales are rounded."""
     offset = quantized.scales.mean()
     scaled, nested_scales = scale_to_unit(quantized.scales - offset, SCALE_BLOCK)
-    codes = nearest(scaled, SCALE_LEVELS.to(scaled.device))
+    codes = nearest(scaled, scale_levels_on(scaled.device))
     return replace(quantized, scales=codes, nested_scales=nested_scales, nested_offset=offset)
 
 
@@ -175,7 +180,8 @@ def dequantize_blocks(
     pairs = level_pairs(scheme, codes.device).view(torch.int64).view(-1)
     codes = F.pad(codes, (0, len(absmax) * block_size // 2 - len(codes)))  # fills the last block up
     weight = torch.empty(len(absmax), block_size, dtype=dtype, device=codes.device)  # (N, block_size)
-    pieces = codes.split(CHUNK // 2), absmax.split(CHUNK // block_size), weight.split(CHUNK // block_size)
+    chunk = chunk_on(codes.device)
+    pieces = codes.split(chunk // 2), absmax.split(chunk // block_size), weight.split(chunk // block_size)
     for some_codes, some_scales, target in zip(*pieces, strict=True):
         values = pairs.take(some_codes.long()).view(torch.float32).view(-1, block_size)
         torch.mul(values, some_scales[:, None], out=target)
