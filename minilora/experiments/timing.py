@@ -27,25 +27,45 @@ class Timing:
         ROUNDS.check("rounds", self.rounds)
 
 
-def ratios_in_turn(
+def wait_for_device():
+    """Until a GPU in use has done all that it was told to: a call of torch returns when the work is merely queued."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def seconds_in_turn(
     actions: Actions, timing: Timing, description: str, warm_up: Callable[[str, Callable], Any] | None = None
 ) -> dict[str, list[float]]:
-    """For every action but the first, the ratio of its time to the first's in each round.
+    """For every action its time in each round.
 
     A round before these warms up and does not count. warm_up: called in it with name and action, to run the action.
     """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for number in tqdm(range(1 + timing.rounds), description, disable=not timing.progress):
         for name, action in actions.items():
+            wait_for_device()
             began = time.perf_counter()
             if number == 0 and warm_up is not None:
                 warm_up(name, action)
             else:
                 action()
+            wait_for_device()
             seconds[name].append(time.perf_counter() - began)
-    first, *others = actions
-    pairs = {name: zip(seconds[name][1:], seconds[first][1:], strict=True) for name in others}
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def ratios_to_first(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
+    """For every action but the first, the ratio of its time to the first's in each round."""
+    first, *others = seconds
+    pairs = {name: zip(seconds[name], seconds[first], strict=True) for name in others}
     return {name: [own / reference for own, reference in pair] for name, pair in pairs.items()}
+
+
+def ratios_in_turn(
+    actions: Actions, timing: Timing, description: str, warm_up: Callable[[str, Callable], Any] | None = None
+) -> dict[str, list[float]]:
+    """`ratios_to_first` of `seconds_in_turn`."""
+    return ratios_to_first(seconds_in_turn(actions, timing, description, warm_up))
 
 
 @contextmanager
