@@ -27,6 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from minilora.adapters.adapter import extract_adapter
 from minilora.adapters.inject import adapter_parameters, apply_lora, merge_lora
 from minilora.config import LoRAConfig
+from minilora.dtypes import DTYPES
+from minilora.experiments.simulate import build
 from minilora.experiments.timing import Actions, Timing, ratios_in_turn, thread_count
 from minilora.inference.bank import AdapterBank
 from minilora.inference.generate import generate
@@ -51,12 +53,21 @@ class BenchSettings(Timing):
     r: int = 8
     matrix_size: int = 4096  # of the square weight that is quantized
     serving_rows: int = 16  # of a batch in which each row has an adapter of its own
+    num_key_value_heads: int = 0  # as in GPTConfig
+    device: str = "cpu"
+    dtype: str = "float32"  # of the weights
+
+    @property
+    def shape(self) -> GPTConfig:
+        sizes = self.vocab_size, self.hidden_size, self.intermediate_size, self.num_hidden_layers
+        heads = self.num_attention_heads, self.num_key_value_heads
+        return GPTConfig(*sizes, *heads, max_position_embeddings=self.sequence_length)
 
     def build_model(self) -> GPT:
         """A plain model of this shape, with the same weights at every call."""
         torch.manual_seed(self.seed)
-        shape = self.vocab_size, self.hidden_size, self.intermediate_size, self.num_hidden_layers
-        return GPT(GPTConfig(*shape, self.num_attention_heads, max_position_embeddings=self.sequence_length))
+        with torch.device(self.device):
+            return build(self.shape, DTYPES[self.dtype])
 
     def build_lora_model(self, targets: list[str] | str = "all-linear", in_4_bits=False, use_dora=False) -> GPT:
         """The same with random A and B: as far as time is concerned, a trained adapter."""
@@ -69,8 +80,9 @@ class BenchSettings(Timing):
         return model
 
     def random_ids(self, *shape: int) -> Tensor:
-        """int64, the same at every call."""
-        return torch.randint(self.vocab_size, shape, generator=torch.Generator().manual_seed(self.seed))
+        """int64, the same at every call and on every device."""
+        drawn = torch.randint(self.vocab_size, shape, generator=torch.Generator().manual_seed(self.seed))
+        return drawn.to(self.device)
 
 
 @dataclass
@@ -185,7 +197,7 @@ def serving(settings: BenchSettings) -> list[BenchRow]:
         adapter = extract_adapter(settings.build_lora_model())
         names = [f"adapter {number}" for number in range(count)]  # of one adapter: its numbers do not matter
         bank = AdapterBank(settings.build_model(), dict.fromkeys(names, adapter), slots=count)
-        bank.forward(torch.zeros(count, 1, dtype=torch.int64), names)  # all of them into their slots
+        bank.forward(torch.zeros(count, 1, dtype=torch.int64, device=settings.device), names)  # all of them into their slots
         return bank
 
     rows = settings.serving_rows

@@ -16,13 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.model import GPTConfig
 from minilora.train import make_optimizer
 from minilora.train_settings import TrainConfig
 
 
+def installed() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("transformers", "peft"))
+
+
 def can_read(base: Path) -> bool:
     """Whether both are installed, and `base` is a folder: a GGUF file has no config.json for them."""
-    return base.is_dir() and all(importlib.util.find_spec(name) for name in ("transformers", "peft"))
+    return base.is_dir() and installed()
 
 
 @contextmanager
@@ -38,32 +43,53 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+def transformers_offline() -> Any:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when they are imported: all is here already
+    transformers: Any = importlib.import_module("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
 def load(base: Path, r: int | None = None) -> Any:
     """transformers' model in float32, in training mode; with r, PEFT's LoRA of that rank on all linears of it.
 
     It has no end token, so that every row is continued to the last token.
     """
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read when they are imported: all is in the folder
-    transformers: Any = importlib.import_module("transformers")
-    transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).train()
-    model.generation_config.eos_token_id = None
+    model = transformers_offline().AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return prepared(model, r)
+
+
+def make(config: GPTConfig, device: str, r: int | None = None) -> Any:
+    """The same with random weights in the shape of `config`, on a device."""
+    transformers = transformers_offline()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings")
+    theirs = transformers.LlamaConfig(**{name: getattr(config, name) for name in names})
+    with torch.device(device):
+        model = transformers.LlamaForCausalLM(theirs)
+    return prepared(model.to(device, torch.float32), r)
+
+
+def prepared(model: Any, r: int | None) -> Any:
+    model.train().generation_config.eos_token_id = None
     if r is None:
         return model
     peft: Any = importlib.import_module("peft")
     return peft.get_peft_model(model, peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear"))
 
 
-def training_step_of(model: Any, input_ids: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+def training_step_of(model: Any, input_ids: Tensor, labels: Tensor, autocast=False) -> Callable[[], Tensor]:
     """A function that takes one step as their users' loops do, always on the same batch, (B, T) both.
 
-    Loss (over the logits of all places), backward, clipping, and the optimizer that we use: fused AdamW.
+    Loss (over the logits of all places), backward, clipping, and the optimizer that we use: fused AdamW. autocast:
+    forward runs its products in bfloat16.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(model, TrainConfig(1, len(input_ids), 1e-4))
 
     def step() -> Tensor:
-        loss = model(input_ids=input_ids, labels=labels).loss
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=input_ids, labels=labels).loss
         loss.backward()
         nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
