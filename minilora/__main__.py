@@ -17,7 +17,7 @@ from minilora.command import HelpFormatter, Parser, run_command, unescape
 from minilora.config import LoRAConfig
 from minilora.dtypes import DTYPES, dtype_name
 from minilora.experiments import bench as benchmarks
-from minilora.experiments import bench_model
+from minilora.experiments import bench_device, bench_model, device_report
 from minilora.experiments.claims import ledger, report
 from minilora.experiments.compare import compare as compare_methods
 from minilora.experiments.merge import merge_adapter
@@ -182,9 +182,18 @@ def evaluate(options):
 
 
 def bench(options):
-    """The speed ratios we claim, each beside its bar; with --base those of a real model, and its bytes and 4 bits."""
+    """The speed ratios we claim, each beside its bar; with --base those of a real model, and its bytes and 4 bits; with
+    --device cuda or --small one run that checks and measures a device, with --show the tables of such a run."""
+    if options.show is not None:
+        return print(device_report.show(options.show))
     chosen = dict(seed=options.seed) | (dict(rounds=options.rounds) if options.rounds is not None else {})
-    real = options.base is not None
+    real, on_device = options.base is not None, options.device == "cuda" or options.small
+    if real and on_device:
+        raise ValueError("a real model is measured on the CPU: leave out --base, or --device cuda and --small")
+    if on_device:
+        return bench_device.report(device_of(options), options.small, options.out, **chosen)
+    if options.out is not None:
+        raise ValueError("--out is for what is measured with --device cuda or --small")
     print(bench_model.report(find_base(options.base), **chosen) if real else benchmarks.report(**chosen))
 
 
@@ -246,7 +255,7 @@ VERBS = {
     memory: (*SHAPE, *LORA, *WAYS),
     merge: (*ADAPTER, "--dtype", "--out", "--overwrite"),
     evaluate: (*ADAPTER, "--dtype", "--task", "--count"),
-    bench: ("--rounds", "--base"),
+    bench: ("--rounds", "--base", "--small", "--out", "--show"),
     get: ("name",),
     convert: ("file", "--out", "--overwrite"),
     claims: ("action", "claim", "--scale", "--seeds"),

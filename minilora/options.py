@@ -83,6 +83,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--seed": number(ranges.SEED, default=0),
     "--seeds": number(ranges.SEEDS, "how many seeds, counted up from --seed", default=1),
     "--sequence-length": number(ranges.ROW, "tokens per row of text, and of an example at most", default=128),
+    "--show": dict(type=a_path, metavar="FILE", help="print the tables of a file that --out wrote"),
+    "--small": FLAG | dict(help="the run of --device cuda at a tiny shape, on any device: does it work?"),
     "--steps": number(ranges.STEPS, "optimizer steps (150, of instruction data 30 or four passes)"),
     "--targets": dict(type=a_name, default="all-linear", help="q_proj,v_proj or a regular expression or all-linear"),
     "--task": dict(choices=TASKS),
@@ -113,7 +115,9 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "claims": {"--seeds": number(ranges.PAIRS, "how many seeds of each arm (as planned)", default=None)},
     "bench": {
-        "--base": dict(default=None, help="a real model instead: a folder, a GGUF file, or a name that get knows")
+        "--base": dict(default=None, help="a real model instead: a folder, a GGUF file, or a name that get knows"),
+        "--device": dict(help="cuda: check and measure the device"),
+        "--out": dict(help="a new JSON file, written after each section of --device cuda or --small"),
     },
     "merge": {
         "--adapter": dict(required=True),

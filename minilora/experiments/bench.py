@@ -69,12 +69,14 @@ class BenchSettings(Timing):
         with torch.device(self.device):
             return build(self.shape, DTYPES[self.dtype])
 
-    def build_lora_model(self, targets: list[str] | str = "all-linear", in_4_bits=False, use_dora=False) -> GPT:
+    def build_lora_model(
+        self, targets: list[str] | str = "all-linear", in_4_bits=False, use_dora=False, dropout=0.0
+    ) -> GPT:
         """The same with random A and B: as far as time is concerned, a trained adapter."""
         model = self.build_model()
         if in_4_bits:
             quantize_model(model)
-        apply_lora(model, LoRAConfig(self.r, 2 * self.r, target_modules=targets, use_dora=use_dora))
+        apply_lora(model, LoRAConfig(self.r, 2 * self.r, dropout, targets, use_dora=use_dora))
         for parameter in adapter_parameters(model):
             nn.init.normal_(parameter, std=0.02)
         return model
@@ -197,7 +199,9 @@ def serving(settings: BenchSettings) -> list[BenchRow]:
         adapter = extract_adapter(settings.build_lora_model())
         names = [f"adapter {number}" for number in range(count)]  # of one adapter: its numbers do not matter
         bank = AdapterBank(settings.build_model(), dict.fromkeys(names, adapter), slots=count)
-        bank.forward(torch.zeros(count, 1, dtype=torch.int64, device=settings.device), names)  # all of them into their slots
+        bank.forward(
+            torch.zeros(count, 1, dtype=torch.int64, device=settings.device), names
+        )  # all of them into their slots
         return bank
 
     rows = settings.serving_rows
