@@ -72,7 +72,9 @@ class DeviceSettings(BenchSettings):
 
 def small_settings(**chosen: Any) -> DeviceSettings:
     """A shape at which everything runs in seconds on a CPU. What it measures means nothing."""
-    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=256)
+    sizes: dict[str, Any] = dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=256
+    )
     sizes |= dict(num_key_value_heads=2, batch_size=2, sequence_length=64, rounds=1, check_width=32, serving_rows=4)
     sizes |= dict(prompt_length=8, new_tokens=4, serving_length=64, large="base", large_tokens=64)
     return DeviceSettings(**{**sizes, "decoded_rows": (1, 2), **chosen})

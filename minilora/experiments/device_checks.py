@@ -9,7 +9,7 @@ Letters in the shape comments: N tokens, in and out features, r rank; B rows, T 
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -58,7 +58,9 @@ class Place:
             return build(config, dtype).requires_grad_(False)
 
     def adapted(self, dtype: torch.dtype) -> GPT:
-        return randomized(apply_lora(self.model(dtype), LoRAConfig(R, 2 * R, target_modules="all-linear")))
+        model = self.model(dtype)
+        apply_lora(model, LoRAConfig(R, 2 * R, target_modules="all-linear"))
+        return randomized(model)
 
 
 def randomized(model: GPT) -> GPT:
@@ -83,11 +85,12 @@ def plain(model: GPT) -> GPT:
 def layer_of(place: Place, dtype: torch.dtype, many=False, dropout=0.0, dora=False, in_4_bits=False) -> Pairs:
     """One LoRA layer, with its bias: y, and the gradients of x, A, B and m."""
     features, out = place.width, place.width + place.width // 2
-    base: nn.Module = nn.Linear(features, out, device=place.device, dtype=dtype)
-    W = base.weight
+    linear = nn.Linear(features, out, device=place.device, dtype=dtype)
+    base: nn.Module = linear
+    W, bias = linear.weight.detach(), linear.bias.detach().double()
     if in_4_bits:
         quantized = quantize(W, "nf4", double_quant=True)
-        base, W = Linear4bit.from_linear(base, quantized), dequantize(quantized, torch.float32)  # type: ignore[arg-type]
+        base, W = Linear4bit.from_linear(linear, quantized), dequantize(quantized, torch.float32)
     layer = (DoRALinear if dora else FastLoRALinear)(base.requires_grad_(False), R, 2 * R, dropout)
     nn.init.normal_(layer.lora_B, std=0.2)
     x = place.randn(2 * features if many else 16, features, dtype=dtype).requires_grad_()  # (N, in)
@@ -100,7 +103,7 @@ def layer_of(place: Place, dtype: torch.dtype, many=False, dropout=0.0, dora=Fal
 
     leaves = {name: wide(tensor) for name, tensor in trained.items()}
     X, A, B = leaves["x"], leaves["lora_A"], leaves["lora_B"]
-    W, bias, update, dropped = W.detach().double(), base.bias.detach().double(), layer.scaling * B @ A, X * mask / keep
+    W, update, dropped = W.double(), layer.scaling * B @ A, X * mask / keep
     right = X @ W.T + bias + dropped @ update.T  # W x + b + s·BA x_d
     if dora:
         g = leaves["lora_magnitude_vector"] / (W + update).norm(dim=1).detach()
@@ -108,7 +111,7 @@ def layer_of(place: Place, dtype: torch.dtype, many=False, dropout=0.0, dora=Fal
     return {"y": (y, right)} | gradients(y, right, trained, leaves)
 
 
-def gradients(y: Tensor, right: Tensor, trained: dict[str, Tensor], leaves: dict[str, Tensor]) -> Pairs:
+def gradients(y: Tensor, right: Tensor, trained: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> Pairs:
     weights = torch.randn_like(y)
     ours = torch.autograd.grad((y * weights).sum(), list(trained.values()))
     theirs = torch.autograd.grad((right * weights.double()).sum(), list(leaves.values()))
@@ -214,7 +217,10 @@ def banked(place: Place, dtype: torch.dtype) -> Pairs:
     names, ids, exact = [*adapters, None], place.ids(4, 24), copy.deepcopy(model).double()
 
     def alone(adapter: Adapter | None, row: Tensor) -> Tensor:
-        return exact(row) if adapter is None else plain(apply_adapter(copy.deepcopy(exact), adapter))(row)
+        model = copy.deepcopy(exact)
+        if adapter is not None:
+            apply_adapter(model, adapter)
+        return plain(model)(row)
 
     right = torch.cat([alone(adapters.get(name or ""), ids[row, None]) for row, name in enumerate(names)])
     return {"logits": (AdapterBank(model, adapters).forward(ids, names), right)}

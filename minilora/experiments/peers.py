@@ -62,8 +62,8 @@ def load(base: Path, r: int | None = None) -> Any:
 def make(config: GPTConfig, device: str, r: int | None = None) -> Any:
     """The same with random weights in the shape of `config`, on a device."""
     transformers = transformers_offline()
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names += ("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings")
+    names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    names += ["num_key_value_heads", "max_position_embeddings", "tie_word_embeddings"]
     theirs = transformers.LlamaConfig(**{name: getattr(config, name) for name in names})
     with torch.device(device):
         model = transformers.LlamaForCausalLM(theirs)
