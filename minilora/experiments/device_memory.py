@@ -2,11 +2,12 @@
 
     simulated    tensors of the step on fake tensors: no device is asked
     metered      the same count during the real step there, in blocks of 512 bytes: other kernels may keep other tensors
-    requested    what the allocator was asked for: the tensors, scratch space of kernels, workspaces of cuBLAS
+    workspaces   what cuBLAS keeps for itself, whatever the model
+    requested    what the allocator was asked for: the tensors, scratch space of kernels, the workspaces
     allocated    what it handed out for that, in its own blocks: `torch.cuda.max_memory_allocated`
     reserved     what it took from the device: free blocks and gaps as well, `torch.cuda.max_memory_reserved`
 
-On a CPU the last three do not exist. All are of the second step: the first makes the optimizer's state.
+On a CPU the last four do not exist. All are of the second step: the first makes the optimizer's state.
 """
 
 from typing import Any

@@ -40,7 +40,8 @@ def times_table(rows: list[Row]) -> str:
 
 
 def memory_table(rows: list[Row]) -> str:
-    names = [name for name in ("simulated", "metered", "requested", "allocated", "reserved") if name in rows[0]]
+    kinds = ("simulated", "metered", "workspaces", "requested", "allocated", "reserved")
+    names = [name for name in kinds if name in rows[0]]
 
     def cells(row: Row) -> list[str]:
         ways = ", checkpointing" if row["checkpointing"] else ""
