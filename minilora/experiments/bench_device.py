@@ -191,7 +191,11 @@ def free():
 
 def machine(device: str) -> dict[str, Any]:
     """Where it runs, and with what."""
-    found: dict[str, Any] = {"device": device, "threads": torch.get_num_threads(), "system": platform.platform()}
+    found: dict[str, Any] = {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
     found["name"] = platform.processor() or platform.machine()
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
