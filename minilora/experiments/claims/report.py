@@ -1,19 +1,30 @@
 """The ledger on paper: its table, a claim with all its runs, and its figures."""
 
 from pathlib import Path
+from types import ModuleType
 
 from minilora.experiments.claims.claim import Finding, summary
-from minilora.experiments.claims.ledger import CLAIMS, Case, find, finding, reported, stored
+from minilora.experiments.claims.ledger import CLAIMS, FAMILIES, Case, find, finding, reported, stored
 from minilora.experiments.claims.study import paired_losses
 from minilora.experiments.tune import TUNING_SEED
 from minilora.storage.files import replacing
 
 
 def table() -> str:
-    """The ledger in Markdown: one row for each claim, and in it one line for each study and scale."""
+    """The ledger in Markdown: a table for each family, in it a row for each claim, a line for each study and scale."""
+    return "\n\n".join(f"**{subject_of(family)}**\n\n{family_table(family)}" for family in FAMILIES)
+
+
+def subject_of(family: ModuleType) -> str:
+    """What a module of claims says of itself, in its docstring's first line."""
+    subject = (family.__doc__ or "").partition("\n")[0].removeprefix("Claims about ").rstrip(".")
+    return subject[0].upper() + subject[1:]
+
+
+def family_table(family: ModuleType) -> str:
     head = "| claim | who says it | verdict | the number that decides (90 % interval) | seeds, date |"
     rows = [head, "|---|---|---|---|---|"]
-    for claim in CLAIMS.values():
+    for claim in family.CLAIMS:
         found = [(case, finding(claim, case)) for case in find(claim.name)]
         done = [each for _, each in found if each]
         lines = [f"{case.title}: {said(each, len(done) > 1)}" for case, each in found]
