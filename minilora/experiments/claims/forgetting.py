@@ -95,6 +95,13 @@ CLAIMS = [
         "two rates for each method, and the curve is compared in one place, the lowest task loss that both reach",
     ),
     claim(
+        "gentlest",
+        "Whatever the rank, the layers and the rate, the gentlest LoRA forgets less than the gentler full fine-tuning.",
+        BIDERMAN,
+        forgets_less((*LORAS, *(f"{name} /3" for name in LORAS)), ("full", "full /3")),
+        objection="the best of eight settings beside the best of two",
+    ),
+    claim(
         "rank",
         "A lower rank forgets less, at equal learning.",
         BIDERMAN,
