@@ -41,10 +41,15 @@ def world_replay(tokenizer: AnyTokenizer, count: int) -> list[list[int]]:
 
 
 def help_topics() -> tuple[str, str]:
-    """The interpreter's help topics, English prose on technical matters: half of them to measure, half to mix in."""
+    """The interpreter's help topics, English prose on technical matters: half of them to measure, half to mix in.
+
+    Topics quote one another. A paragraph that is mixed in is not measured.
+    """
     texts = [text.strip() for _, text in sorted(topics.items())]
     random.Random(0).shuffle(texts)
-    return "\n\n".join(texts[::2])[:100_000], "\n\n".join(texts[1::2])[:100_000]
+    measured, mixed = (dict.fromkeys("\n\n".join(half).split("\n\n")) for half in (texts[::2], texts[1::2]))
+    own = [paragraph for paragraph in measured if paragraph not in mixed]
+    return "\n\n".join(own)[:100_000], "\n\n".join(mixed)[:100_000]
 
 
 def english_text(tokenizer: AnyTokenizer, rows: int = 40) -> dict[str, Batches]:
