@@ -209,7 +209,9 @@ def test_names_of_lines_do_not_overlap():
 def test_both_figures_name_every_line():
     kinds = {"story": [0.5, 0.7], "answer by heart": [0.0, 1.0]}
     run = of((8, 0), (1, 1.0), kinds=kinds)
-    runs = {arm: {0: run, 1: run} for arm in forgetting.ARMS if arm != "base"} | {"base": {0: of((8, 0))}}
+    runs = {arm: {0: run, 1: run} for arm in forgetting.ARMS if arm not in ("base", "r=8 halved")} | {
+        "base": {0: of((8, 0))}
+    }
     (axes,) = forgetting_figures.frontier("made up", runs).axes
     named = {text.get_text() for text in axes.texts}
     assert {"LoRA r=8", "LoRA r=8, rate/3", "full fine-tuning", "base"} <= named and len(named) == len(runs)

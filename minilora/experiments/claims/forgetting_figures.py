@@ -8,7 +8,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from minilora.experiments.figures import Figure, Look, new_figure
 
 Runs = Mapping[str, Mapping[int, Mapping]]  # by arm and by seed
-LOOKS = {  # of an arm at its best rate; at a third of it the line is dashed
+LOOKS = {  # of an arm at its best rate; at a third of it the line is dashed, at a tenth dotted
     "full": Look("full fine-tuning", "#D55E00", "o"),
     "r=8": Look("LoRA r=8", "#0072B2", "s"),
     "r=1": Look("LoRA r=1", "#56B4E9", "^"),
@@ -32,13 +32,13 @@ def frontier(title: str, runs: Runs) -> Figure:
         task = [geometric_mean([loss for _, loss, _ in at]) for at in curves]
         old = [fmean(loss for _, _, loss in at) for at in curves]
         start = old[0]
-        if arm == "base":
+        name, _, part = arm.partition(" /")  # of the best rate
+        if name not in LOOKS:  # the base, and what is another arm's run until its end
             continue
-        name, third = arm.removesuffix(" /3"), arm.endswith(" /3")
         label, colour, marker = LOOKS[name]
-        line, face = ("--", "white") if third else ("-", colour)
+        line, face = (":" if part == "10" else "--", "white") if part else ("-", colour)
         axes.plot(task, old, line, color=colour, marker=marker, markersize=3, markerfacecolor=face, linewidth=1)
-        ends[f"{label}, rate/3" if third else label] = (task[-1], old[-1], colour)
+        ends[f"{label}, rate/{part}" if part else label] = (task[-1], old[-1], colour)
     axes.axhline(start, color="#999999", linestyle=":", linewidth=1, zorder=0)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))

@@ -84,7 +84,7 @@ def measure(setting: Setting) -> dict:
     every = steps // setting["evaluations"]
     if setting.arm.method is None:
         model: GPT | Prompt = base.load().eval()
-        task = [[0, evaluate_loss(model, data.validation, 16)]]
+        task = [[0, evaluate_loss(model, data.validation, 16, "float32")]]
         record: dict = {"best_validation_loss": task[0][1], "validation_loss": task}
     else:
         mixed = with_replay(data, base, english) if setting["replay"] else data
@@ -95,6 +95,9 @@ def measure(setting: Setting) -> dict:
 
         finished = setting.train(mixed, watch, evaluations=setting["evaluations"])
         model, record, task = finished.model, losses(finished), finished.history.validation_loss
+        if setting["halved"]:
+            for _, layer in lora_layers(model):
+                layer.scaling /= 2
     assert data.task
     right = {"task": score_task(model, base.tokenizer, data.task, 100).score, **old.scores(model)}
     record["scores"] = right
@@ -114,7 +117,7 @@ def scaled(model: GPT | Prompt, scale: float, data: Dataset, old: Old) -> list[f
     before = [layer.scaling for layer in layers]
     for layer in layers:
         layer.scaling *= scale
-    found = [evaluate_loss(model, data.validation, 16), old.loss(model)["mean"]]
+    found = [evaluate_loss(model, data.validation, 16, "float32"), old.loss(model)["mean"]]
     for layer, value in zip(layers, before, strict=True):
         layer.scaling = value
     return found
