@@ -94,6 +94,10 @@ def test_half_of_an_update_has_to_keep_the_skill_and_give_back_the_rest():
     for forgotten, verdict in ((0.3, "holds"), (0.9, "fails")):  # at 2 the run itself had forgotten 2/3
         assert by_seed(stop, a=of((8, 0), (1, 1.0), scaled={"0.5": [2, 2 + forgotten]})) == verdict
 
+    half = forgetting_rules.halved_answers("a")
+    for halved, verdict in ((0.85, "holds"), (0.7, "fails")):
+        assert by_seed(half, a={"scores": {"task": 0.9, "task, halved": halved}}) == verdict
+
 
 # What a run measures
 
@@ -129,6 +133,8 @@ def test_a_run_is_measured_along_its_way_and_without_its_adapter(small):
     assert record["curve"][2][2] != record["curve"][0][2]
     assert record["scores"] == {"task": 0.25, "asked": 0.5, "base again": 1.0}
     assert set(record["scaled"]) == set(forgetting.SCALES)
+    halved = forgetting_runs.measure(replace(small, arm=forgetting.ARMS["r=8 halved"]))
+    assert halved["scores"]["task, halved"] == 0.25 and halved["curve"] == record["curve"]
     assert set(forgetting_runs.measure(replace(small, seed=1000))) == {"best_validation_loss", "validation_loss"}
 
 

@@ -1,10 +1,11 @@
 """Claims about forgetting: what fine-tuning costs on text that it does not touch, at equal loss on its task."""
 
-from minilora.experiments.claims.claim import Claim, Rule, more_right, score
+from minilora.experiments.claims.claim import Claim, Rule, score
 from minilora.experiments.claims.forgetting_figures import frontier
 from minilora.experiments.claims.forgetting_rules import (
     ends_less,
     forgets_less,
+    halved_answers,
     heart_before_reading,
     one_curve,
     scaling_back,
@@ -166,7 +167,7 @@ CLAIMS = [
         "scale-answers",
         "Half of the update answers as well as the whole.",
         "put here after the first results, before its own runs",
-        more_right("r=8 halved", "r=8", "task", -10),
+        halved_answers("r=8 halved"),
         (JSON,),
         "a format in which one wrong token spoils the answer; three seeds that differ in how far they got",
     ),

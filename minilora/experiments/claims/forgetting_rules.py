@@ -93,6 +93,16 @@ def scaling_or_stopping(arm: str, scale: str, bar: float = 20) -> Rule:
     return Rule((arm,), words + "percent of the larger", number, bar)
 
 
+def halved_answers(arm: str, bar: float = -10) -> Rule:
+    def number(runs: Mapping[str, Record]) -> float:
+        scores = runs[arm]["scores"]
+        return 100 * (scores["task, halved"] - scores["task"])
+
+    return Rule(
+        (arm,), f"right answers of {arm} with half of its update, above those with the whole", number, bar, "points"
+    )
+
+
 def heart_before_reading(arm: str, bar: float = 20) -> Rule:
     def number(runs: Mapping[str, Record]) -> float:
         heart, notes = (

@@ -95,12 +95,13 @@ def measure(setting: Setting) -> dict:
 
         finished = setting.train(mixed, watch, evaluations=setting["evaluations"])
         model, record, task = finished.model, losses(finished), finished.history.validation_loss
-        if setting["halved"]:
-            for _, layer in lora_layers(model):
-                layer.scaling /= 2
     assert data.task
     right = {"task": score_task(model, base.tokenizer, data.task, 100).score, **old.scores(model)}
     record["scores"] = right
+    if setting["halved"]:
+        for _, layer in lora_layers(model):
+            layer.scaling /= 2
+        right["task, halved"] = score_task(model, base.tokenizer, data.task, 100).score
     record["curve"] = [[step, loss, old["mean"]] for (step, loss), old in zip(task, each, strict=True)]
     record["kinds"] = {kind: [round(point[kind], 4) for point in each] for kind in old.rows}
     if setting.arm.method == "lora":
