@@ -23,38 +23,49 @@ Ends = dict[str, tuple[float, float, str | None]]  # by name, where a line ends 
 
 
 def frontier(title: str, runs: Runs) -> Figure:
-    """The loss on old text over the loss on the task, along each arm's run from left to right: means over seeds."""
+    """What is forgotten over the loss on the task, along each arm's run from left to right: means over seeds.
+
+    The axis is linear from -0.1 to 0.1 and logarithmic beyond.
+    """
     figure, (axes,) = new_figure(5, 3.2)
     ends: Ends = {}
-    start = 0.0
     for arm, by_seed in runs.items():
+        name, _, part = arm.partition(" /")  # of the best rate
+        if name not in LOOKS or not by_seed:  # the base has no curve, and an arm that is changed at its end none to add
+            continue
         curves = list(zip(*(record["curve"] for record in by_seed.values()), strict=True))
         task = [geometric_mean([loss for _, loss, _ in at]) for at in curves]
-        old = [fmean(loss for _, _, loss in at) for at in curves]
-        start = old[0]
-        name, _, part = arm.partition(" /")  # of the best rate
-        if name not in LOOKS:  # the base, and what is another arm's run until its end
-            continue
+        forgotten = [fmean(loss for _, _, loss in at) for at in curves]
+        forgotten = [loss - forgotten[0] for loss in forgotten]
         label, colour, marker = LOOKS[name]
         line, face = (":" if part == "10" else "--", "white") if part else ("-", colour)
-        axes.plot(task, old, line, color=colour, marker=marker, markersize=3, markerfacecolor=face, linewidth=1)
-        ends[f"{label}, rate/{part}" if part else label] = (task[-1], old[-1], colour)
-    axes.axhline(start, color="#999999", linestyle=":", linewidth=1, zorder=0)
+        axes.plot(task, forgotten, line, color=colour, marker=marker, markersize=3, markerfacecolor=face, linewidth=1)
+        ends[f"{label}, rate/{part}" if part else label] = (task[-1], forgotten[-1], colour)
+    axes.axhline(0, color="#999999", linestyle=":", linewidth=1, zorder=0)
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if high < 1000 * low else (1,)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.invert_xaxis()
+    axes.set_yscale("symlog", linthresh=0.1)
+    axes.set_ylim(min(1.3 * min(min(line.get_ydata()) for line in axes.lines), -0.02))
+    axes.set_yticks([tick for tick in (-1, -0.3, -0.1, 0, 0.1, 0.3, 1, 3, 10) if within(axes.get_ylim(), tick)])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.annotate(
         "base",
-        (0.99, start),
+        (0.99, 0),
         ha="right",
         xycoords=("axes fraction", "data"),
         fontsize=SMALL,
         color="#666666",
         va="bottom",
     )
-    axes.set(xlabel="task loss (nats/token): learned more to the right", ylabel="loss on old text\n(nats/token)")
+    axes.set(
+        xlabel="task loss (nats/token): learned more to the right",
+        ylabel="loss on old text,\nabove the base's (nats/token)",
+    )
     axes.set_title(title, fontsize="small", wrap=True)
     name_ends(axes, ends)
     return figure
@@ -80,9 +91,10 @@ def kinds_by_step(title: str, by_seed: Mapping[int, Mapping]) -> Figure:
 
 def name_ends(axes, ends: Ends):
     """Writes each line's name to the right of the axes, joined to the line's end (x, y), in its colour."""
-    low, high = axes.get_ylim()
     names = sorted(ends, key=lambda name: ends[name][1])
-    for name, height in zip(names, apart([(ends[name][1] - low) / (high - low) for name in names]), strict=True):
+    to_axes = axes.transData + axes.transAxes.inverted()
+    heights = [to_axes.transform(ends[name][:2])[1] for name in names]
+    for name, height in zip(names, apart(heights), strict=True):
         x, y, colour = ends[name]
         join = dict(arrowstyle="-", color=colour, linewidth=0.5, shrinkA=0, shrinkB=2)
         text = dict(color=colour, fontsize=SMALL, va="center", annotation_clip=False)
@@ -91,7 +103,11 @@ def name_ends(axes, ends: Ends):
         )
 
 
-def apart(heights: Sequence[float], least: float = 0.075) -> list[float]:
+def within(limits: tuple[float, float], value: float) -> bool:
+    return limits[0] <= value <= limits[1]
+
+
+def apart(heights: Sequence[float], least: float = 0.065) -> list[float]:
     """Rising heights from 0 to 1, moved as little as a pass up and a pass down allow, so that names do not overlap."""
     places = list(heights)
     for here in range(1, len(places)):
