@@ -155,8 +155,8 @@ CLAIMS = [
         "Scialom et al. 2022, arXiv:2205.12393",
         forgets_less("r=8 + old text", "r=8", 50),
         SHORT,
-        "the text mixed in is of the kind that is measured: after prose, SmolLM2 still answers every question in the "
-        "new language; and a tenth of the rows is more than a tenth of the tokens",
+        "the text mixed in is of the kind that is measured: after prose, SmolLM2 answers no more of the trivial "
+        "questions than without it; and a tenth of the rows is more than a tenth of the tokens",
     ),
     claim(
         "scale",
