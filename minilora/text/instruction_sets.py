@@ -79,10 +79,12 @@ COUNTS |= {"half a dozen": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "ele
 DAYS = listed("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 
 
-def orders_lines(split: str) -> list[Pair]:
-    """Sentences of one split, "train" or "validation". No size said is null, and the item is named as a single one."""
-    dice, lines = Dice(f"orders {split}"), []
-    for _ in range(SIZES[split]):
+def orders_lines(split: str, lines_wanted: int | None = None, seed: str = "") -> list[Pair]:
+    """Sentences of one split, "train" or "validation": those of the file, or as many others as wanted, by seed.
+
+    No size said is null, and the item is named as a single one."""
+    dice, lines = Dice(f"orders {split}{seed}"), []
+    for _ in range(lines_wanted or SIZES[split]):
         name = f"{dice.pick(FIRST_NAMES[split])} {dice.pick(SURNAMES[split])}"
         item, size, count, day = map(dice.pick, (ITEMS, ITEM_SIZES, list(COUNTS), DAYS))
         goods = " ".join(filter(None, (count, size, item + "s" * (COUNTS[count] > 1))))
