@@ -8,46 +8,51 @@ from minilora.experiments.claims.data_runs import measure
 from minilora.experiments.claims.study import Arm, Plan, Study
 
 SIZES = {"fewest": 25, "few": 100, "some": 500, "many": 2000}
-REAL_SIZES = {"few": 25, "some": 100, "many": 400}
-SHARES = (0, 10, 30, 50)  # percent of the training labels that are wrong
 SETTINGS = {"examples": 1, "wrong": 0, "how": "another", "evaluations": 8}
 
 
-def arms_of(method: str, sizes: dict[str, int]) -> dict[str, Arm]:
+def arm_of(method: str, examples: int, percent: int, rate_of: str | None = None, **how: str) -> Arm:
+    return Arm(method, settings={"examples": examples, "wrong": percent / 100, **how}, rate_of=rate_of)
+
+
+def arms_of(method: str, *percents: int) -> dict[str, Arm]:
     """An arm for each size and share of wrong labels. A rate is searched for each size, with right labels, and once
     more for 30 % wrong of many; the other shares take the rate of the nearer of these two."""
     arms = {}
-    for size, examples in sizes.items():
-        for share in SHARES:
-            searched = share == 0 or (size, share) == ("many", 30)
-            nearest = None if searched else f"{method} {size} {30 if size == 'many' and share == 50 else 0}%"
-            settings = {"examples": examples, "wrong": share / 100}
-            arms[f"{method} {size} {share}%"] = Arm(method, settings=settings, rate_of=nearest)
+    for size, examples in SIZES.items():
+        for percent in percents:
+            searched = percent == 0 or (size, percent) == ("many", 30)
+            nearest = f"{method} {size} {30 if (size, percent) == ('many', 50) else 0}%"
+            arms[f"{method} {size} {percent}%"] = arm_of(method, examples, percent, None if searched else nearest)
     return arms
 
 
 RANKS = {f"r={r} few 0%": Arm("lora", {"r": r}, {"examples": SIZES["few"]}) for r in (1, 64)}
 MISTAKES = {
-    f"lora many {share}% {how}": Arm(
-        "lora", settings={"examples": SIZES["many"], "wrong": share / 100, "how": how}, rate_of="lora many 30%"
-    )
-    for share in (30, 50)
+    f"lora many {percent}% {how}": arm_of("lora", SIZES["many"], percent, "lora many 30%", how=how)
+    for percent in (30, 50)
     for how in ("word", "same word")
 }
 BASE = {"base": Arm(None)}
 TOWNS = Study(
     "data",
     "24 words and a word order, 25 to 2,000 examples, up to half of the labels another example's",
-    arms_of("lora", SIZES) | arms_of("full", SIZES) | RANKS | MISTAKES | BASE,
+    arms_of("lora", 0, 10, 30, 50) | arms_of("full", 0, 30, 50) | RANKS | MISTAKES | BASE,
     {"tiny": Plan("towns", steps=200, seeds=3, minutes=0.3, settings=SETTINGS)},
     measure,
     chosen_by="last_validation_loss",
     figure=drawn,
 )
-# Fewer rates are searched: few examples take that of some, and noise with full fine-tuning that of its clean arm.
-REAL = arms_of("lora", REAL_SIZES) | arms_of("full", {"many": REAL_SIZES["many"]})
-REAL |= {f"lora few {share}%": Arm("lora", {}, REAL[f"lora few {share}%"].settings, "lora some 0%") for share in SHARES}
-REAL["full many 30%"] = Arm("full", {}, REAL["full many 30%"].settings, "full many 0%")
+REAL = {  # with fewer searches for a rate
+    "lora few 0%": arm_of("lora", 25, 0, "lora some 0%"),
+    "lora few 30%": arm_of("lora", 25, 30, "lora some 0%"),
+    "lora some 0%": arm_of("lora", 100, 0),
+    "lora many 0%": arm_of("lora", 400, 0),
+    "lora many 30%": arm_of("lora", 400, 30),
+    "lora many 50%": arm_of("lora", 400, 50, "lora many 30%"),
+    "full many 0%": arm_of("full", 400, 0),
+    "full many 30%": arm_of("full", 400, 30, "full many 0%"),
+}
 ORDERS = Study(
     "data-orders",
     "orders as JSON, 25 to 400 examples, up to half of the labels another example's",
