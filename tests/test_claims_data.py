@@ -47,6 +47,13 @@ def test_the_share_asked_for_is_wrong_and_all_else_is_as_it_was(name, how):
         assert set(wrong) < set(more_wrong) and all(fewer[place] == more[place] for place in wrong)
 
 
+def test_another_completion_is_never_the_own_one():
+    task = sized_task("towns", 2, 0)
+    for seed in range(10):
+        noisy, _ = with_wrong(task.train, 1, seed)
+        assert [each.completion for each in noisy] == [each.completion for each in reversed(task.train)]
+
+
 def test_the_ways_of_being_wrong():
     task = sized_task("towns", 200, 0)
     right = [each.completion for each in task.train]
@@ -76,21 +83,23 @@ def small(base, monkeypatch):
     monkeypatch.setattr(data_runs, "HELD_OUT", 6)
     monkeypatch.setattr(data_runs, "LOSS_ROWS", 3)
 
-    def setting(method="lora", seed=0, **more):
+    def setting(method="lora", seed=0, rate=1e-3, **more):
         settings = data.SETTINGS | {"examples": 10, "evaluations": 2} | more
-        return Setting(base, Plan("towns", 4, 1, 1), Arm(method, {}, settings), method and 1e-3, seed, False)
+        return Setting(base, Plan("towns", 4, 1, 1), Arm(method, {}, settings), method and rate, seed, False)
 
     return setting
 
 
 def test_a_run_is_measured_at_its_end(small):
-    record = data_runs.measure(small(wrong=0.5))
+    record = data_runs.measure(small(wrong=0.5, rate=0.3))
     assert [step for step, _ in record["validation_loss"]] == [0, 2, 4]
     assert [step for step, _ in record["train_loss"]] == [2, 4]
-    assert record["last_validation_loss"] == record["validation_loss"][-1][1] >= record["best_validation_loss"]
+    assert record["last_validation_loss"] == record["validation_loss"][-1][1] > record["best_validation_loss"]
     assert set(record["scores"]) == {"task", "repeated", "put right"}
     assert (record["examples"], record["wrong"], record["how"]) == (10, 0.5, "another")
-    assert set(data_runs.measure(small())["scores"]) == {"task"}, "no row is wrong"
+    right = data_runs.measure(small(rate=0.3))
+    assert set(right["scores"]) == {"task"}, "no row is wrong"
+    assert right["validation_loss"][0] == record["validation_loss"][0] and right["train_loss"] != record["train_loss"]
     tuning = data_runs.measure(small(seed=TUNING_SEED))
     assert "scores" not in tuning and [step for step, _ in tuning["validation_loss"]] == [0, 4]
 
@@ -174,7 +183,7 @@ def noisy_runs() -> dict:
     return {
         f"{method} {size} {share}%{how}": {
             seed: {"method": method, "examples": examples, "wrong": share / 100, "how": how.strip() or "another"}
-            | {"scores": {"task": 0.1 * number + 0.02 * seed}}
+            | {"scores": {"task": 0 if how else 0.1 * number + 0.02 * seed}}
             for seed in (0, 1)
         }
         for method in ("lora", "full")
