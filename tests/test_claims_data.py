@@ -203,6 +203,10 @@ def test_the_map_shows_the_mean_of_the_seeds_in_every_cell():
     figure = drawn("made up", runs)
     lora, full = figure.axes[:2]
     assert [text.get_text() for text in lora.texts] == ["1", "11", "21", "31"] * 2
+    assert len(lora.collections) == len(full.collections) == 1, "lines of equal score"
+    del runs["full some 30%"]
+    with_a_hole = score_map("made up", runs).axes
+    assert (len(with_a_hole[0].collections), len(with_a_hole[1].collections)) == (1, 0), "no lines beside a hole"
     assert [axes.get_title() for axes in (lora, full)] == ["LoRA", "full fine-tuning"]
     assert [label.get_text() for label in lora.get_xticklabels()] == ["25", "100", "500", "2,000"]
     assert score_map("made up", {"lora many 30%": runs["lora many 30%"]}).axes[0].texts[0].get_text() == "31"

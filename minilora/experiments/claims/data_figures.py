@@ -7,6 +7,7 @@ from minilora.experiments.figures import Figure, look_of, new_figure
 
 Runs = Mapping[str, Mapping[int, Mapping]]  # by arm and by seed
 EQUAL = (50, 90)  # percent of right answers, each joined by a line
+LINE = "#D55E00"  # seen on the dark and on the light end of the map
 
 
 def drawn(title: str, runs: Runs) -> Figure:
@@ -38,10 +39,12 @@ def score_map(title: str, runs: Runs) -> Figure:
         image = axes.imshow(rows, cmap="cividis", vmin=0, vmax=100, origin="lower", aspect="auto")
         for y, row in enumerate(rows):
             for x, value in enumerate(row):
-                if value == value:
+                if value == value:  # not NaN, which stands where nothing was run
                     axes.text(x, y, f"{value:.0f}", ha="center", va="center", color="black" if value > 55 else "white")
-        if len(sizes) > 1 and len(shares) > 1:
-            axes.contour(rows, EQUAL, colors=["white", "black"], linestyles=["--", "-"], linewidths=1.5)
+        whole = [y for y, row in enumerate(rows) if all(value == value for value in row)]  # lines need all neighbours
+        if len(whole) > 1 and len(sizes) > 1:
+            values = [rows[y] for y in whole]
+            axes.contour(range(len(sizes)), whole, values, EQUAL, colors=LINE, linestyles=["--", "-"], zorder=1)
         axes.set(title=look_of(method).label, xlabel="training examples")
         axes.set_xticks(range(len(sizes)), [f"{size:,d}" for size in sizes])
     panels[0].set(ylabel="wrong labels")

@@ -34,7 +34,7 @@ def measure(setting: Setting) -> dict:
     validation = encoded(task.validation[:LOSS_ROWS], tokenizer)
     if setting.arm.method is None:
         model = setting.base.load()
-        loss = evaluate_loss(model, validation, BATCH)
+        loss = evaluate_loss(model, validation, BATCH, "float32")
         scores = {"task": share_right(model, tokenizer, task, task.validation)}
         return {"best_validation_loss": loss, "last_validation_loss": loss, "scores": scores}
     noisy, wrong = with_wrong(task.train, setting["wrong"], setting.seed, setting["how"])
