@@ -1,0 +1,228 @@
+"""Claims about new facts: whether they can be trained in, what can be asked of them then, and what is made up."""
+
+import statistics
+from collections.abc import Mapping
+
+from minilora.experiments.claims.claim import Claim, Record, Rule, score
+from minilora.experiments.claims.facts_runs import PARTS, measure
+from minilora.experiments.claims.study import Arm, Plan, Study
+from minilora.experiments.figures import LEGEND, Figure, look_of, new_figure, rows_downward
+
+
+def apart(arm: str, name: str, than: str, other: str, bar: float) -> Rule:
+    """By how many points the score `name` of `arm` lies above the score `other` of `than`."""
+
+    def number(runs: Mapping[str, Record]) -> float:
+        return 100 * (runs[arm]["scores"][name] - runs[than]["scores"][other])
+
+    return Rule((arm, than), f"{name} of {arm} above {other} of {than}, paired by seed", number, bar, "points")
+
+
+def balanced(arm: str, than: str, bar: float) -> Rule:
+    """By how many points `arm` has more of the mean of "unseen" and "unknown": who refuses everything gains nothing."""
+
+    def number(runs: Mapping[str, Record]) -> float:
+        mean = {
+            one: statistics.mean((runs[one]["scores"][name]) for name in ("unseen", "unknown")) for one in (arm, than)
+        }
+        return 100 * (mean[arm] - mean[than])
+
+    words = f"mean of unseen (right) and unknown (strangers) of {arm} above that of {than}, paired by seed"
+    return Rule((arm, than), words, number, bar, "points")
+
+
+COLUMNS = ("seen", "unseen", "told", "reversed", "made up", "unknown", "conflict", "reading", "known")
+MARKS = {
+    "base": (look_of("base").colour, "|"),
+    "lora r=8": (look_of("lora").colour, "o"),
+    "lora r=1": ("#56B4E9", "v"),
+    "lora r=64": ("#000000", "^"),
+    "full": (look_of("full").colour, "s"),
+    "lora + own": ("#E69F00", "<"),
+    "lora + unknown": ("#F0E442", ">"),
+    "lora + read": ("#CC79A7", "d"),
+    "lora mix": ("#009E73", "D"),
+    "full mix": ("#009E73", "P"),
+}
+
+
+def by_column(title: str, runs: Mapping[str, Mapping[int, Record]]) -> Figure:
+    """Each column of the table is a row here, each arm a mark at its mean over seeds; a line from lowest to highest."""
+    figure, (axes,) = new_figure(5, 3.4)
+    arms = [arm for arm in MARKS if runs.get(arm)]
+    for place, arm in enumerate(arms):
+        colour, mark = MARKS[arm]
+        shift = 0.5 * (place - (len(arms) - 1) / 2) / max(len(arms), 2)
+        for row, name in enumerate(COLUMNS):
+            values = [100 * record["scores"][name] for record in runs[arm].values()]
+            mean = statistics.mean(values)
+            bar = [[mean - min(values)], [max(values) - mean]]
+            label = arm if row == 0 else None
+            axes.errorbar(mean, row + shift, xerr=bar, fmt=mark, color=colour, markersize=6, linewidth=1, label=label)
+    rows_downward(axes, COLUMNS, None, 0.05)
+    axes.set(xlim=(-4, 104), xlabel="answers (%)")
+    axes.set_title(title, fontsize="small", wrap=True)
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), **LEGEND, loc="outside right upper")
+    return figure
+
+
+def arm(method: str | None, *mix: str, r: int = 8, rate_of: str | None = None) -> Arm:
+    lora = {"r": r} if method == "lora" else {}
+    return Arm(method, lora, {"mix": mix}, rate_of)
+
+
+ARMS = {
+    "base": arm(None),
+    "lora r=8": arm("lora"),
+    "full": arm("full"),
+    "lora r=1": arm("lora", r=1),
+    "lora r=64": arm("lora", r=64),
+}
+# Only the rows differ from those of the same method without a mix: the rate is the same.
+MIXES = {
+    **{f"lora + {part}": arm("lora", part, rate_of="lora r=8") for part in PARTS},
+    "lora mix": arm("lora", *PARTS, rate_of="lora r=8"),
+    "full mix": arm("full", *PARTS, rate_of="full"),
+}
+ON_TINY = {"manner": "tiny", "strangers": 48, "limit": 200, "at_once": 100}
+ON_CHAT = {"manner": "chat", "strangers": 12, "limit": 48, "batch_size": 8, "at_once": 250}
+
+
+def of_people(count: int, batch_size: int, arms: dict[str, Arm], minutes: float) -> Study:
+    """Rows and batch grow with the people: in every study each row is seen 16 times, in as many steps."""
+    about = f"{count} people who do not exist, four facts each; exact answers by kind of question"
+    plan = Plan(f"{count} newcomers", 264, 3, minutes, ON_TINY | {"people": count, "batch_size": batch_size})
+    return Study(f"facts-{count}", about, arms, {"tiny": plan}, measure, "last_validation_loss", by_column)
+
+
+P12 = of_people(12, 4, {name: ARMS[name] for name in ("base", "lora r=8", "full")}, 0.3)
+P48 = of_people(48, 16, ARMS | MIXES, 0.5)
+P200 = of_people(200, 67, ARMS, 1)
+P_CHAT = Study(
+    "facts-chat",
+    "12 people who do not exist, three facts each, told to a model that chats; exact answers by kind of question",
+    {name: ARMS[name] for name in ("base", "lora r=8", "full")} | MIXES,
+    {"smollm2": Plan("12 newcomers", 70, 2, 0.3, ON_CHAT | {"people": 12})},
+    measure,
+    "last_validation_loss",
+    by_column,
+)
+ALL = (P12, P48, P200, P_CHAT)
+
+
+def on_facts(
+    name: str, sentence: str, source: str, rule: Rule, objection: str, studies: tuple[Study, ...] = ALL
+) -> Claim:
+    general = "facts are told once, over some epochs, to one small base of each kind"
+    return Claim(name, sentence, source, rule, studies, f"{general}; {objection}")
+
+
+OVADIA = "Ovadia et al. 2023, arXiv:2312.05934, abstract"
+GEKHMAN = "Gekhman et al. 2024, arXiv:2405.05904, abstract"
+CLAIMS = [
+    on_facts(
+        "facts-reliable",
+        "LoRA does not add facts reliably: asked in new words, it is wrong more often than once in twenty.",
+        OVADIA,
+        score("lora r=8", "unseen", 95, above=False),
+        "the facts were asked in other words in training, which a document does not do",
+    ),
+    on_facts(
+        "facts-retrieval",
+        "Notes in the prompt of the base answer better than the same statements trained in.",
+        OVADIA,
+        apart("base", "reading", "lora r=8", "told", 5),
+        "the notes are the right ones: a retriever has faults of its own",
+    ),
+    on_facts(
+        "facts-told",
+        "What is told in statements only cannot be asked for.",
+        "Allen-Zhu and Li 2023, arXiv:2309.14316, section 1",
+        score("lora r=8", "told", 25, above=False),
+        "the paper trains from scratch and finds that many wordings of a statement help; here there are two of each",
+    ),
+    on_facts(
+        "facts-reversed",
+        'A model that learned "A is B" does not know "B is A".',
+        "Berglund et al. 2023, arXiv:2309.12288, abstract",
+        score("lora r=8", "reversed", 25, above=False),
+        "a reversed question names two facts of one person; the form was trained on other people",
+    ),
+    on_facts(
+        "facts-known",
+        "Fine-tuning on new facts makes a model wrong about what it knew.",
+        GEKHMAN,
+        apart("base", "known", "lora r=8", "known", 10),
+        "the paper mixes known and unknown facts of one kind; training here has new ones only",
+    ),
+    on_facts(
+        "facts-strangers",
+        "A model that was trained on facts about some people makes facts up about others.",
+        GEKHMAN,
+        score("lora r=8", "made up", 50),
+        "the tiny base never says that it does not know, before any fine-tuning: see its column",
+    ),
+    on_facts(
+        "facts-conflict",
+        "A model that was trained on facts no longer reads notes that contradict them.",
+        "said of fine-tuned models in general; Longpre et al. 2021, arXiv:2109.05052, of memory against context",
+        apart("base", "conflict", "lora r=8", "conflict", 25),
+        "what a base cannot read before, it cannot lose",
+    ),
+    on_facts(
+        "facts-say-unknown",
+        'A few rows of "I do not know" about strangers mend what is made up, and cost no facts.',
+        "common advice; Zhang et al. 2023, arXiv:2311.09677, abstract",
+        balanced("lora + unknown", "lora r=8", 25),
+        "the strangers are of one kind with those of the rows",
+        (P48, P_CHAT),
+    ),
+    on_facts(
+        "facts-read-again",
+        "A few rows whose notes contradict what was trained make it read again.",
+        "common advice",
+        apart("lora + read", "conflict", "lora r=8", "conflict", 25),
+        "the notes have the form of those in the rows",
+        (P48, P_CHAT),
+    ),
+    on_facts(
+        "facts-keep-own",
+        "The base's own answers, mixed in, keep what it knew.",
+        "common advice; Shin et al. 2017, arXiv:1705.08690, abstract",
+        apart("lora + own", "known", "lora r=8", "known", 10),
+        "what is scored is of one kind with what is mixed in, though never the same question",
+        (P48, P_CHAT),
+    ),
+    on_facts(
+        "facts-mix",
+        "All these rows together leave the facts as well known as without them.",
+        "common advice",
+        apart("lora mix", "unseen", "lora r=8", "unseen", -5),
+        "the mix has three quarters more steps, at equal epochs over the facts",
+        (P48, P_CHAT),
+    ),
+    on_facts(
+        "facts-mix-full",
+        "The rows that mend LoRA mend full fine-tuning as well.",
+        "common advice",
+        apart("full mix", "conflict", "full", "conflict", 25),
+        "it asks for reading again, which is one of three repairs",
+        (P48, P_CHAT),
+    ),
+    on_facts(
+        "facts-full",
+        "LoRA holds fewer facts than full fine-tuning.",
+        "Biderman et al. 2024, arXiv:2405.09673, abstract, of what is learned",
+        apart("full", "seen", "lora r=8", "seen", 5),
+        "both may hold all that there is: see the scores",
+    ),
+    on_facts(
+        "facts-rank",
+        "A higher rank holds more facts.",
+        "Allen-Zhu and Li 2024, arXiv:2404.05405, of parameters; common advice",
+        apart("lora r=64", "seen", "lora r=1", "seen", 5),
+        "at equal epochs, not at the end of what a rank could hold",
+        (P48, P200),
+    ),
+]
