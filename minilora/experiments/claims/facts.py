@@ -89,16 +89,16 @@ ON_TINY = {"manner": "tiny", "strangers": 48, "limit": 200, "at_once": 100}
 ON_CHAT = {"manner": "chat", "strangers": 12, "limit": 48, "batch_size": 8, "at_once": 250}
 
 
-def of_people(count: int, batch_size: int, arms: dict[str, Arm], minutes: float) -> Study:
-    """Rows and batch grow with the people: in every study each row is seen 16 times, in as many steps."""
+def of_people(count: int, batch_size: int, steps: int, arms: dict[str, Arm], minutes: float) -> Study:
+    """Rows and batch grow with the people: 264 steps see each row 16 times, for any number of people."""
     about = f"{count} people who do not exist, four facts each; exact answers by kind of question"
-    plan = Plan(f"{count} newcomers", 264, 3, minutes, ON_TINY | {"people": count, "batch_size": batch_size})
+    plan = Plan(f"{count} newcomers", steps, 3, minutes, ON_TINY | {"people": count, "batch_size": batch_size})
     return Study(f"facts-{count}", about, arms, {"tiny": plan}, measure, "last_validation_loss", by_column)
 
 
-P12 = of_people(12, 4, {name: ARMS[name] for name in ("base", "lora r=8", "full")}, 0.3)
-P48 = of_people(48, 16, ARMS | MIXES, 0.5)
-P200 = of_people(200, 67, ARMS, 1)
+P12 = of_people(12, 4, 264, {name: ARMS[name] for name in ("base", "lora r=8", "full")}, 0.3)
+P48 = of_people(48, 16, 264, ARMS | MIXES, 0.5)
+P200 = of_people(200, 67, 132, ARMS, 1)
 P_CHAT = Study(
     "facts-chat",
     "12 people who do not exist, three facts each, told to a model that chats; exact answers by kind of question",
