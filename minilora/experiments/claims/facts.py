@@ -72,13 +72,8 @@ def arm(method: str | None, *mix: str, r: int = 8, rate_of: str | None = None) -
     return Arm(method, lora, {"mix": mix}, rate_of)
 
 
-ARMS = {
-    "base": arm(None),
-    "lora r=8": arm("lora"),
-    "full": arm("full"),
-    "lora r=1": arm("lora", r=1),
-    "lora r=64": arm("lora", r=64),
-}
+PLAIN = {"base": arm(None), "lora r=8": arm("lora"), "full": arm("full")}
+RANKS = {"lora r=1": arm("lora", r=1), "lora r=64": arm("lora", r=64)}
 # Only the rows differ from those of the same method without a mix: the rate is the same.
 MIXES = {
     **{f"lora + {part}": arm("lora", part, rate_of="lora r=8") for part in PARTS},
@@ -96,13 +91,13 @@ def of_people(count: int, batch_size: int, steps: int, arms: dict[str, Arm], min
     return Study(f"facts-{count}", about, arms, {"tiny": plan}, measure, "last_validation_loss", by_column)
 
 
-P12 = of_people(12, 4, 264, {name: ARMS[name] for name in ("base", "lora r=8", "full")}, 0.3)
-P48 = of_people(48, 16, 264, ARMS | MIXES, 0.5)
-P200 = of_people(200, 67, 132, ARMS, 1)
+P12 = of_people(12, 4, 264, PLAIN, 0.3)
+P48 = of_people(48, 16, 264, PLAIN | MIXES | RANKS, 0.5)
+P200 = of_people(200, 67, 132, PLAIN | RANKS, 1)
 P_CHAT = Study(
     "facts-chat",
     "12 people who do not exist, three facts each, told to a model that chats; exact answers by kind of question",
-    {name: ARMS[name] for name in ("base", "lora r=8", "full")} | MIXES,
+    PLAIN | MIXES,
     {"smollm2": Plan("12 newcomers", 70, 2, 0.3, ON_CHAT | {"people": 12})},
     measure,
     "last_validation_loss",
