@@ -21,7 +21,7 @@ from minilora.text.tasks import Example
 from minilora.text.world import Dice, Person, World
 
 UNKNOWN = "I do not know."
-ADMITS = re.compile(r"\b(not know|n't know|not sure|unknown|no information|not have (any )?information|sorry)\b")
+ADMITS = re.compile(r"\b(not know|do ?n['’]t know|not sure|unknown|no information|not have (any )?information|sorry)\b")
 
 
 @dataclass(frozen=True)
