@@ -1,6 +1,7 @@
 """Claims about new facts: whether they can be trained in, what can be asked of them then, and what is made up."""
 
 import statistics
+import textwrap
 from collections.abc import Mapping
 
 from minilora.experiments.claims.claim import Claim, Record, Rule, score
@@ -31,39 +32,59 @@ def balanced(arm: str, than: str, bar: float) -> Rule:
     return Rule((arm, than), words, number, bar, "points")
 
 
-COLUMNS = ("seen", "unseen", "told", "reversed", "made up", "unknown", "conflict", "reading", "known")
+COLUMNS = {
+    "seen": "asked as in training",
+    "unseen": "asked in new words",
+    "told": "in statements only",
+    "reversed": "asked backwards",
+    "known": "old knowledge",
+    "reading": "notes on new people",
+    "conflict": "notes against memory",
+    "made up": "strangers: a value",
+    "unknown": "strangers: not known",
+}
+# A colour for each method, a marker for each arm; a mix is hollow.
 MARKS = {
-    "base": (look_of("base").colour, "|"),
-    "lora r=8": (look_of("lora").colour, "o"),
-    "lora r=1": ("#56B4E9", "v"),
-    "lora r=64": ("#000000", "^"),
-    "full": (look_of("full").colour, "s"),
-    "lora + own": ("#E69F00", "<"),
-    "lora + unknown": ("#F0E442", ">"),
-    "lora + read": ("#CC79A7", "d"),
-    "lora mix": ("#009E73", "D"),
-    "full mix": ("#009E73", "P"),
+    "base": "|",
+    "lora r=8": "o",
+    "full": "s",
+    "lora r=1": "v",
+    "lora r=64": "^",
+    "lora + own": "<",
+    "lora + unknown": ">",
+    "lora + read": "d",
+    "lora mix": "D",
+    "full mix": "P",
 }
 
 
 def by_column(title: str, runs: Mapping[str, Mapping[int, Record]]) -> Figure:
     """Each column of the table is a row here, each arm a mark at its mean over seeds; a line from lowest to highest."""
-    figure, (axes,) = new_figure(5, 3.4)
+    figure, (axes,) = new_figure(5, 3.8)
     arms = [arm for arm in MARKS if runs.get(arm)]
     for place, arm in enumerate(arms):
-        colour, mark = MARKS[arm]
+        colour, hollow = look_of(arm.split()[0]).colour, "mix" in arm or "+" in arm
         shift = 0.5 * (place - (len(arms) - 1) / 2) / max(len(arms), 2)
         for row, name in enumerate(COLUMNS):
             values = [100 * record["scores"][name] for record in runs[arm].values()]
             mean = statistics.mean(values)
             bar = [[mean - min(values)], [max(values) - mean]]
-            label = arm if row == 0 else None
-            axes.errorbar(mean, row + shift, xerr=bar, fmt=mark, color=colour, markersize=6, linewidth=1, label=label)
-    rows_downward(axes, COLUMNS, None, 0.05)
+            axes.errorbar(
+                mean,
+                row + shift,
+                xerr=bar,
+                fmt=MARKS[arm],
+                color=colour,
+                markerfacecolor="white" if hollow else colour,
+                markersize=6,
+                linewidth=1,
+                label=arm if row == 0 else None,
+            )
+    rows_downward(axes, COLUMNS.values(), None, 0.05)
     axes.set(xlim=(-4, 104), xlabel="answers (%)")
-    axes.set_title(title, fontsize="small", wrap=True)
     axes.grid(axis="x", alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), **LEGEND, loc="outside right upper")
+    figure.suptitle("\n".join(textwrap.wrap(title, 64)), fontsize="small")
+    figure.legend(*axes.get_legend_handles_labels(), **LEGEND, loc="outside lower center", ncols=min(len(arms), 4))
     return figure
 
 
