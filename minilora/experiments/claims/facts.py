@@ -177,7 +177,7 @@ CLAIMS = [
         "A model that was trained on facts about some people makes facts up about others.",
         GEKHMAN,
         score("lora r=8", "made up", 50),
-        "the tiny base never says that it does not know, before any fine-tuning: see its column",
+        "neither base says that it does not know before any training; SmolLM2 then invents values of its own",
     ),
     on_facts(
         "facts-conflict",
