@@ -130,8 +130,10 @@ ALL = (P12, P48, P200, P_CHAT)
 def on_facts(
     name: str, sentence: str, source: str, rule: Rule, objection: str, studies: tuple[Study, ...] = ALL
 ) -> Claim:
-    general = "facts are told once, over some epochs, to one small base of each kind"
-    return Claim(name, sentence, source, rule, studies, f"{general}; {objection}")
+    general = "one small base of each kind, and two seeds of the larger"
+    if P200 in studies:
+        general += "; 200 people were shown 8 times only, in which LoRA of no rank began to learn them"
+    return Claim(name, sentence, source, rule, studies, f"{objection}; {general}")
 
 
 OVADIA = "Ovadia et al. 2023, arXiv:2312.05934, abstract"
@@ -170,7 +172,7 @@ CLAIMS = [
         "Fine-tuning on new facts makes a model wrong about what it knew.",
         GEKHMAN,
         apart("base", "known", "lora r=8", "known", 10),
-        "the paper mixes known and unknown facts of one kind; training here has new ones only",
+        "training here has new facts only; full fine-tuning kept 87 % at rate 3e-4 and 17 % at 1e-3: the rate decides",
     ),
     on_facts(
         "facts-strangers",
@@ -184,7 +186,7 @@ CLAIMS = [
         "A model that was trained on facts no longer reads notes that contradict them.",
         "said of fine-tuned models in general; Longpre et al. 2021, arXiv:2109.05052, of memory against context",
         apart("base", "conflict", "lora r=8", "conflict", 25),
-        "what a base cannot read before, it cannot lose",
+        "where the notes are no longer believed, notes on strangers are not read either: reading itself is lost",
     ),
     on_facts(
         "facts-say-unknown",
