@@ -193,7 +193,7 @@ CLAIMS = [
         'A few rows of "I do not know" about strangers mend what is made up, and cost no facts.',
         "common advice; Zhang et al. 2023, arXiv:2311.09677, abstract",
         balanced("lora + unknown", "lora r=8", 25),
-        "the strangers are of one kind with those of the rows",
+        "with these rows alone old knowledge fell to 18 % and 0 %: it says so of what it knew as well",
         (P48, P_CHAT),
     ),
     on_facts(
@@ -201,7 +201,7 @@ CLAIMS = [
         "A few rows whose notes contradict what was trained make it read again.",
         "common advice",
         apart("lora + read", "conflict", "lora r=8", "conflict", 25),
-        "the notes have the form of those in the rows",
+        "LoRA on the tiny base still read its notes (98 %), so there was nothing to mend; those runs are from a CPU",
         (P48, P_CHAT),
     ),
     on_facts(
@@ -217,7 +217,7 @@ CLAIMS = [
         "All these rows together leave the facts as well known as without them.",
         "common advice",
         apart("lora mix", "unseen", "lora r=8", "unseen", -5),
-        "the mix has three quarters more steps, at equal epochs over the facts",
+        "the mix has three quarters more steps, at equal epochs; on the tiny base it ran on a CPU, its pair on a GPU",
         (P48, P_CHAT),
     ),
     on_facts(
