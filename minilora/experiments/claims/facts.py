@@ -105,16 +105,18 @@ ON_TINY = {"manner": "tiny", "strangers": 48, "limit": 200, "at_once": 100}
 ON_CHAT = {"manner": "chat", "strangers": 12, "limit": 48, "batch_size": 8, "at_once": 250}
 
 
-def of_people(count: int, batch_size: int, steps: int, arms: dict[str, Arm], minutes: float) -> Study:
-    """Rows and batch grow with the people: 264 steps see each row 16 times, for any number of people."""
+def of_people(count: int, batch_size: int, steps: int, arms: dict[str, Arm], minutes: float, name: str = "") -> Study:
+    """There are 11 rows for every two people."""
     about = f"{count} people who do not exist, four facts each; exact answers by kind of question"
     plan = Plan(f"{count} newcomers", steps, 3, minutes, ON_TINY | {"people": count, "batch_size": batch_size})
-    return Study(f"facts-{count}", about, arms, {"tiny": plan}, measure, "last_validation_loss", by_column)
+    return Study(name or f"facts-{count}", about, arms, {"tiny": plan}, measure, "last_validation_loss", by_column)
 
 
+# The first two see each row 16 times. 200 people: 8 times, in few large steps, and 16 times, in as small ones as 48 do.
 P12 = of_people(12, 4, 264, PLAIN, 0.3)
 P48 = of_people(48, 16, 264, PLAIN | MIXES | RANKS, 0.5)
 P200 = of_people(200, 67, 132, PLAIN | RANKS, 1)
+P200_LONGER = of_people(200, 16, 1100, PLAIN | RANKS, 2, "facts-200-longer")
 P_CHAT = Study(
     "facts-chat",
     "12 people who do not exist, three facts each, told to a model that chats; exact answers by kind of question",
@@ -124,7 +126,7 @@ P_CHAT = Study(
     "last_validation_loss",
     by_column,
 )
-ALL = (P12, P48, P200, P_CHAT)
+ALL = (P12, P48, P200, P200_LONGER, P_CHAT)
 
 
 def on_facts(
@@ -132,7 +134,7 @@ def on_facts(
 ) -> Claim:
     general = "one small base of each kind, and two seeds of the larger"
     if P200 in studies:
-        general += "; 200 people were shown 8 times only, in which LoRA of no rank began to learn them"
+        general += "; in facts-200 rows are seen 8 times, in 132 steps, in which LoRA of no rank began to learn them"
     return Claim(name, sentence, source, rule, studies, f"{objection}; {general}")
 
 
@@ -241,6 +243,6 @@ CLAIMS = [
         "Allen-Zhu and Li 2024, arXiv:2404.05405, of parameters; common advice",
         apart("lora r=64", "seen", "lora r=1", "seen", 5),
         "at equal epochs, not at the end of what a rank could hold",
-        (P48, P200),
+        (P48, P200, P200_LONGER),
     ),
 ]
