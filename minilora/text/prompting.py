@@ -33,7 +33,7 @@ def dressed(
     turns = [{"role": "system", "content": instruction}] if instruction else []
     for shot in shots:
         turns += [*shot.prompt, {"role": "assistant", "content": shot.completion}]
-    question = f"Notes: {' '.join(notes)}\nQuestion: {asked(prompt)}" if notes else asked(prompt)
+    question = f"Notes: {' '.join(notes)}\nAnswer from the notes. {asked(prompt)}" if notes else asked(prompt)
     return [*turns, *prompt[:-1], {"role": "user", "content": question}]
 
 

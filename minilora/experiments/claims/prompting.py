@@ -13,6 +13,8 @@ fault, which SmolLM2 does not. So each base is half of the answer.
 import statistics
 from collections.abc import Mapping
 
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
 from minilora.experiments.claims.claim import Claim, Record, Rule, more_right
 from minilora.experiments.claims.prompting_runs import measure
 from minilora.experiments.claims.study import Arm, Plan, Study
@@ -41,15 +43,6 @@ FACTS_ARMS = ARMS | {
 PROMPTS = ("instruction", "1 example", "4 examples", "16 examples", "16 nearest")
 
 
-def score_over_tokens(title: str, runs: Mapping[str, Mapping[int, Record]]) -> Figure:
-    """The score of each arm over the tokens that an answer costs, prompt and all; a bar from lowest to highest seed."""
-    figure, (axes,) = new_figure(6, 3.2)
-    draw_arms(axes, runs)
-    axes.set(ylabel="right answers (%)", xlabel="tokens for one answer, prompt and all", title=title)
-    figure.legend(*axes.get_legend_handles_labels(), **LEGEND, loc="outside right upper")
-    return figure
-
-
 LOOKS = {
     "instruction": ("#666666", "o"),
     "1 example": ("#E69F00", "o"),
@@ -63,9 +56,39 @@ LOOKS = {
     "lora, 16 examples": (look_of("lora").colour, "v"),
     "full": (look_of("full").colour, "P"),
 }
+HOLLOW = ("lora and retrieval", "full")  # and large: seen around a point in the same place
+
+
+def score_over_tokens(title: str, runs: Mapping[str, Mapping[int, Record]]) -> Figure:
+    """One task: right answers over the tokens that an answer costs; the legend says how many bytes are kept for it."""
+    figure, (axes,) = new_figure(6, 3.2)
+    draw_arms(axes, runs)
+    axes.set(ylabel="right answers (%)", xlabel="tokens for one answer, prompt and all", title=title)
+    labelled, labels = axes.get_legend_handles_labels()
+    kept = [bytes_in_words(statistics.mean(record["bytes"] for record in runs[arm].values())) for arm in labels]
+    texts = [f"{arm}, {size}" for arm, size in zip(labels, kept, strict=True)]
+    figure.legend(labelled, texts, **LEGEND, loc="outside right upper")
+    return figure
+
+
+def four_tasks(runs_of: Mapping[str, Mapping[str, Mapping[int, Record]]]) -> Figure:
+    """All tasks, a panel each. runs_of: by the panel's title, runs by arm and seed."""
+    figure, panels = new_figure(7.5, 5, rows=2, columns=2)
+    for axes, (title, runs) in zip(panels, runs_of.items(), strict=True):
+        draw_arms(axes, runs)
+        axes.set_title(title)
+    for axes in panels[::2]:
+        axes.set_ylabel("right answers (%)")
+    for axes in panels[2:]:
+        axes.set_xlabel("tokens for one answer, prompt and all")
+    every = {label: drawn for axes in panels for drawn, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    order = [arm for arm in LOOKS if arm in every]
+    figure.legend([every[arm] for arm in order], order, **LEGEND, loc="outside right upper")
+    return figure
 
 
 def draw_arms(axes, runs: Mapping[str, Mapping[int, Record]]):
+    """A point for the mean of an arm's seeds, with a bar from the lowest to the highest."""
     for arm, (colour, marker) in LOOKS.items():
         records = list(runs.get(arm, {}).values())
         if records:
@@ -73,11 +96,14 @@ def draw_arms(axes, runs: Mapping[str, Mapping[int, Record]]):
             tokens = statistics.mean(record["prompt_tokens"] + record["answer_tokens"] for record in records)
             mean = statistics.mean(scores)
             spread = [[mean - min(scores)], [max(scores) - mean]]
-            kept = f"{arm}, {bytes_in_words(statistics.mean(record['bytes'] for record in records))}"
-            axes.errorbar(
-                tokens, mean, spread, color=colour, fmt=marker, markersize=7, capsize=3, label=kept, alpha=0.9
+            shape = (
+                dict(fmt=marker, markersize=10, fillstyle="none") if arm in HOLLOW else dict(fmt=marker, markersize=6)
             )
-    axes.set(xscale="log", ylim=(-5, 105))
+            axes.errorbar(tokens, mean, spread, color=colour, capsize=3, label=arm, **shape)
+    axes.set(xscale="log", ylim=(-7, 107))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def bytes_in_words(count: float) -> str:
@@ -97,15 +123,9 @@ def study(name: str, about: str, arms: dict[str, Arm], tiny: str, real: str, ste
     return Study(name, about, arms, plans, measure, "loss", score_over_tokens)
 
 
-FACTS = study(
-    "prompt-facts",
-    "people whom the base has never met, asked with phrasings that training did not use",
-    FACTS_ARMS,
-    "people",
-    "people",
-    60,
-    "Answer the question in one short sentence.",
-)
+NEW_PEOPLE = "people whom the base has never met, asked with phrasings that training did not use"
+BRIEFLY = "Answer the question in one short sentence."
+FACTS = study("prompt-facts", NEW_PEOPLE, FACTS_ARMS, "people", "people", 60, BRIEFLY)
 FORMAT = study(
     "prompt-format",
     "a text, written as one strict JSON object",
@@ -125,7 +145,9 @@ VOICE = study(
     30,
     "You are a pirate. Answer in one or two sentences and talk like a pirate: arr, matey, ahoy, aye, ye.",
 )
-SKILL = study("prompt-skill", "translation into a language that nobody has met", ARMS, "dialect", "invented", 90, RULES)
+SKILL = study(
+    "prompt-skill", "translation into a language that nobody has met", ARMS, "dialect", "invented", 120, RULES
+)
 
 
 def best_prompt(bar: float, above: bool) -> Rule:

@@ -27,7 +27,7 @@ from minilora.train import evaluate_loss
 from minilora.train_settings import IGNORE
 
 LOSS_QUESTIONS = 50  # that the loss behind a prompt is measured on; it is there to be looked at and decides nothing
-VOICE_TOKENS = 48  # of an answer in a voice, which may be longer than those we have
+CHAT_TOKENS = 48  # of an answer in a chat at least: one that is right may be longer than ours
 
 
 @lru_cache(maxsize=8)
@@ -136,7 +136,7 @@ def size(texts: Sequence[str]) -> int:
 
 def new_tokens(setting: Setting, task: Task) -> int:
     most = longest([example.completion for example in task.validation], setting.base.tokenizer)
-    return max(most, VOICE_TOKENS) if task.name == "pirate.jsonl" else most
+    return max(most, CHAT_TOKENS) if setting.base.tokenizer.chat_template else most
 
 
 # Runs
