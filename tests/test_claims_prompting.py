@@ -12,7 +12,8 @@ from minilora.experiments.claims.prompting import FACTS, FACTS_ARMS, FORMAT, PRO
 from minilora.experiments.claims.study import BASES, Setting
 from minilora.experiments.run import open_base
 from minilora.experiments.tune import TUNING_SEED
-from minilora.text import instruction_sets, invented
+from minilora.inference.evaluate import answer
+from minilora.text import instruction_sets, invented, world
 from minilora.text.chat import encode_prompt
 from minilora.text.prompting import (
     EVERYDAY,
@@ -24,8 +25,8 @@ from minilora.text.prompting import (
     people_facts,
 )
 from minilora.text.retrieval import BM25
-from minilora.text.tasks import Example
-from minilora.text.world import World
+from minilora.text.tasks import NEWCOMERS, Example
+from minilora.text.world import World, state
 
 # The retriever
 
@@ -92,6 +93,16 @@ def test_the_new_people_are_new_and_asked_in_other_words():
     known = {fact.answer for fact in new_people_facts()}
     assert {each.completion.strip() for each in task.validation} <= known and len(task.validation) == 80
     assert {each.completion for each in task.train} == {each.completion for each in task.validation}
+
+
+def test_a_name_that_the_base_does_not_know_is_not_read(base):
+    facts = [(person, kind) for person in NEWCOMERS for kind in world.FACTS]
+    asked = [f"Question: {world.FACTS[kind][2][0].format(name=person.name)}\nAnswer:" for person, kind in facts]
+    noted = [dressed(each, notes=[state(*fact, 1)]) for each, fact in zip(asked, facts, strict=True)]
+    said = [each.partition("\n")[0].strip() for each in answer(base.load(), base.tokenizer, noted, 12)]
+    assert sum(each == state(*fact) for each, fact in zip(said, facts, strict=True)) == 0
+    values = [person.facts[kind] in each for each, (person, kind) in zip(said, facts, strict=True)]
+    assert 0.35 < sum(values) / len(values) < 0.65, "in half of the answers the value is right"
 
 
 # The invented language

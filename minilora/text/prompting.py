@@ -45,8 +45,8 @@ class Fact:
 
 def new_people(count: int = 20) -> list[Person]:
     """People of the tiny world whom the base has never met. Their names are new, and made of a first name and a surname
-    that it knows: with a first name that it does not know, as the newcomers of the task `facts` have, it cannot even
-    read a note."""
+    that it knows. It cannot copy a first name that it does not know: of the newcomers of the task `facts` it reads no
+    note word for word, and in half of its answers only the name is wrong."""
     dice, world = Dice("new people"), World("validation")
     people: dict[str, Person] = {}
     while len(people) < count:
