@@ -78,7 +78,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--resume": FLAG | dict(help="continue the run whose state is under --out"),
     "--rounds": number(ranges.ROUNDS, "of the actions in turn (5; of a real model 3)"),
     "--save-every": number(ranges.EVERY, "steps between saved states, 0 for the last alone", default=50),
-    "--scale": dict(choices=BASES, help="the shipped base, or the real model (run: tiny; show: all that there are)"),
+    "--scale": dict(choices=BASES, help="shipped base, real model, or a shape (run: tiny; show: all there are)"),
     "--scheme": dict(choices=LEVELS, default=QLORA.scheme, help="4 bits of the base, qlora and loftq"),
     "--seed": number(ranges.SEED, default=0),
     "--seeds": number(ranges.SEEDS, "how many seeds, counted up from --seed", default=1),

@@ -32,6 +32,8 @@ class Finding:
     def text(self) -> str:
         """The number that decides; where nothing is decided, also the size of what these seeds can tell apart."""
         number, low, high, apart = map(digits, (self.number, self.low, self.high, self.high - self.number))
+        if self.seeds == 1:
+            return f"{number} {self.unit}, exact"
         said = f"{number} {self.unit} ({low} to {high})"
         return said if self.verdict != "open" else f"{said}; these seeds tell ±{apart.lstrip('+')} apart"
 
@@ -51,17 +53,20 @@ class Rule:
     bar: float
     unit: str = "%"
     above: bool = True  # whether the claim says that the number lies above the bar, or below
+    exact: bool = False  # a count, of which every seed would give the same: one run decides
 
     @property
     def words(self) -> str:
         yes, no = ("above", "below") if self.above else ("below", "above")
         bar = f"{self.bar:g} {self.unit}"
+        if self.exact:
+            return f"an exact number: holds if it lies {yes} {bar}, fails if it lies {no}"
         return f"holds if the 90 % interval lies {yes} {bar}, fails if it lies {no}, and is open in between"
 
     def decide(self, runs: Runs) -> Finding:
         seeds = sorted(set.intersection(*(set(runs[arm]) for arm in self.arms)))
         numbers = [self.number({arm: runs[arm][seed] for arm in self.arms}) for seed in seeds]
-        low, number, high = interval(numbers)
+        low, number, high = (numbers[0],) * 3 if self.exact else interval(numbers)
         above, below = low > self.bar, high < self.bar
         holds, fails = (above, below) if self.above else (below, above)
         return Finding("holds" if holds else "fails" if fails else "open", number, low, high, len(seeds), self.unit)
@@ -102,6 +107,13 @@ def more_right(arm: str, than: str, name: str, bar: float, above: bool = True) -
         return 100 * (runs[arm]["scores"][name] - runs[than]["scores"][name])
 
     return Rule((arm, than), words, number, bar, "points", above)
+
+
+def quantity(
+    arm: str, name: str, words: str, bar: float, unit: str = "%", above: bool = True, exact: bool = False
+) -> Rule:
+    """The number `name` in the scores of `arm`, as it was measured. words: what it is."""
+    return Rule((arm,), words, lambda runs: runs[arm]["scores"][name], bar, unit, above, exact)
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:

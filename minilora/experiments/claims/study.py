@@ -20,11 +20,13 @@ from minilora.experiments.run import BASE, Run, run, schedule
 from minilora.experiments.tune import TUNING_SEED
 from minilora.inference.evaluate import score_task
 from minilora.model import GPT
-from minilora.text.datasets import Dataset, load_dataset
+from minilora.text.datasets import Dataset, data_named, load_dataset
+from minilora.text.tasks import TASKS
 from minilora.train_settings import NonFiniteError
 
 ROW = 128  # tokens of a row of text, and of an example at most
-BASES: dict[str, str | Path] = {"tiny": BASE, "smollm2": "smollm2"}  # by scale
+# By scale. Of what is too large for this machine the shape alone is used, which a plan names; no base is read.
+BASES: dict[str, str | Path] = {"tiny": BASE, "smollm2": "smollm2", "large": BASE}
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,16 @@ class Setting:
 
 @lru_cache(maxsize=4)
 def dataset(name: str, base: BaseFolder) -> Dataset:
-    return load_dataset(name, base.tokenizer, ROW)
+    return load_dataset(name if name in TASKS else data_named(name), base.tokenizer, ROW)
 
 
-def train_and_score(setting: Setting) -> dict:
-    """The validation loss of the arm on the plan's data and, where the data is a task, the share of right answers."""
+def train_and_score(setting: Setting, **training) -> dict:
+    """The validation loss of the arm on the plan's data and, where the data is a task, the share of right answers.
+
+    training: fields of TrainConfig.
+    """
     data = setting.dataset()
-    finished = setting.train(data)
+    finished = setting.train(data, **training)
     record: dict[str, Any] = losses(finished)
     if data.task and not setting.tuning:
         record["scores"] = {"task": score_task(finished.model, setting.base.tokenizer, data.task).score}
@@ -118,7 +123,7 @@ class Study:
     name: str
     about: str  # what is trained on what, and what is measured, in one line
     arms: dict[str, Arm]
-    plans: dict[str, Plan]  # by scale: "tiny" is the shipped base, "smollm2" the real model
+    plans: dict[str, Plan]  # by scale: "tiny" is the shipped base, "smollm2" the real model, "large" a shape alone
     measure: Callable[[Setting], dict] = train_and_score
     chosen_by: str = "best_validation_loss"
     figure: Callable[[str, Mapping[str, Mapping[int, Mapping]]], Figure] = paired_losses
