@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from minilora.experiments.claims import data, facts, forgetting, prompting, variants
+from minilora.experiments.claims import basics, combining, costs, data, facts, forgetting, prompting, speed, variants
 from minilora.experiments.claims.claim import Claim, Finding, Runs
 from minilora.experiments.claims.study import BASES, Setting, Study, timed
 from minilora.experiments.run import DATA, open_base
@@ -16,7 +16,7 @@ from minilora.experiments.tune import TUNING_SEED, grid_of, search
 from minilora.storage.files import naming, read_json, replacing
 from minilora.storage.locks import locked
 
-FAMILIES = (variants, prompting, facts, data, forgetting)
+FAMILIES = (basics, costs, speed, combining, variants, prompting, facts, data, forgetting)
 CLAIMS = {claim.name: claim for family in FAMILIES for claim in family.CLAIMS}
 STUDIES = {study.name: study for claim in CLAIMS.values() for study in claim.studies}
 FOLDER = DATA / "claims"
