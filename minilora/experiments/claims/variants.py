@@ -1,7 +1,9 @@
 """Claims about LoRA beside full fine-tuning, and about its variants: that they learn as well, or better."""
 
+from functools import partial
+
 from minilora.experiments.claims.claim import Claim, Rule, better, no_worse
-from minilora.experiments.claims.study import Arm, Plan, Study
+from minilora.experiments.claims.study import Arm, Plan, Study, train_and_score
 
 HIGH = {"r": 64, "lora_alpha": 16}
 ARMS = {
@@ -16,10 +18,29 @@ DIALECT = Study(
     ARMS,
     {"tiny": Plan("dialect", steps=100, seeds=5, minutes=0.3)},
 )
+# Nothing but a format is new here. 30 steps, because after 60 every LoRA ends at one height, near 0.013, which is that
+# of the frozen output head on a token that the base never learned: from there on the arms could not be told apart.
+JSON = Study(
+    "json",
+    "notes about a person as one JSON object, 30 steps, otherwise as dialect",
+    ARMS,
+    {"tiny": Plan("json", steps=30, seeds=3, minutes=0.3)},
+    partial(train_and_score, evaluations=3),
+)
+ORDERS = Study(
+    "orders",
+    "an order in a sentence as one JSON object, 30 steps of 8; SmolLM2-135M, rank 8 on all linears",
+    {name: ARMS[name] for name in ("full", "lora", "qlora", "dora")},
+    {"smollm2": Plan("orders", steps=30, seeds=2, minutes=2)},
+    partial(train_and_score, evaluations=2),
+)
 
 
 def on_dialect(name: str, sentence: str, source: str, rule: Rule, objection: str) -> Claim:
-    return Claim(name, sentence, source, rule, (DIALECT,), f"one task, one length, one small base; {objection}")
+    """On dialect and, all but the one about high ranks, on json; on orders where it has the arms."""
+    studies = [DIALECT] if "lora r=64" in rule.arms else [DIALECT, JSON]
+    studies += [ORDERS] if set(rule.arms) <= set(ORDERS.arms) else []
+    return Claim(name, sentence, source, rule, tuple(studies), f"small bases and short runs; {objection}")
 
 
 CLAIMS = [
