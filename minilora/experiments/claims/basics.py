@@ -28,13 +28,18 @@ from minilora.train_settings import IGNORE
 RANKS = (0, 1, 2, 4, 8, 16, 32, 64)
 
 
-def directions(change: Tensor) -> tuple[Tensor, Tensor]:
-    """The energy along each left singular vector of ΔW (out, in), σ² (n,), largest first, and the vectors (out, n).
+def directions(change: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """ΔW (out, in) as n = min(out, in) pieces of rank 1, the largest first: the energy of each, σ² (n,), and L (out, n)
+    and R (n, in), of which the first r columns and rows are the nearest matrix of rank r (Eckart and Young 1936).
 
-    They are eigenvalues and eigenvectors of ΔW ΔWᵀ, in float64; a GPU finds these faster than an SVD.
+    An SVD by eigenvalues of ΔW ΔWᵀ, in float64; a GPU finds these faster.
     """
-    energies, vectors = torch.linalg.eigh(change.double() @ change.double().T)
-    return energies.flip(0).clamp(min=0), vectors.flip(1)
+    if len(change) > change.shape[1]:  # the shorter side has fewer of them
+        energies, L, R = directions(change.T)
+        return energies, R.T, L.T
+    energies, U = torch.linalg.eigh(change.double() @ change.double().T)
+    U = U.flip(1)
+    return energies.flip(0).clamp(min=0), U.to(change.dtype), (U.T @ change.double()).to(change.dtype)
 
 
 @torch.no_grad()
@@ -51,19 +56,15 @@ def cut_to_ranks(setting: Setting) -> dict[str, Any]:
     if setting.tuning:
         return record
     plain, model = setting.base.load(), trained.model
-    base, linears, cuts, energy = float_linears(plain), float_linears(model), {}, []
+    base, linears, pieces, energy = float_linears(plain), float_linears(model), {}, []
     before, after = (evaluate_loss(each, data.validation, 50, "float32") for each in (plain, model))
     for name, linear in linears.items():
-        change = linear.weight - base[name].weight
-        flipped = change.shape[0] > change.shape[1]  # on the shorter side there are fewer
-        energies, vectors = directions(change.T if flipped else change)
+        energies, *pieces[name] = directions(linear.weight - base[name].weight)
         energy.append(energies.cumsum(0) / energies.sum())
-        cuts[name] = change, vectors.to(change.dtype), flipped
 
     def loss_at(rank: int) -> float:
-        for name, (change, vectors, flipped) in cuts.items():
-            U = vectors[:, :rank]
-            linears[name].weight.copy_(base[name].weight + (change @ U @ U.T if flipped else U @ (U.T @ change)))
+        for name, (L, R) in pieces.items():
+            linears[name].weight.copy_(base[name].weight + L[:, :rank] @ R[:rank])
         return evaluate_loss(model, data.validation, 50, "float32")
 
     by_rank = {rank: loss_at(rank) for rank in RANKS}

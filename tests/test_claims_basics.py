@@ -1,0 +1,197 @@
+"""What the first notebooks measured, as claims: counts that are exact, ΔW in pieces, rounding, sums, merging."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minilora.experiments.claims import basics, combining, costs, ledger, speed, study
+from minilora.experiments.claims.bars import bars
+from minilora.experiments.claims.claim import quantity
+from minilora.experiments.claims.study import BASES, Plan, Setting
+from minilora.experiments.run import open_base
+from minilora.text.batches import Batches
+
+
+@pytest.fixture(scope="module")
+def base():
+    return open_base(BASES["tiny"])
+
+
+def setting_of(base, where: study.Study, arm: str, rate=None, scale="tiny", **plan) -> Setting:
+    return Setting(base, replace(where.plans[scale], **plan), where.arms[arm], rate, 0, progress=False)
+
+
+def few_rows(data: study.Dataset, rows: int) -> study.Dataset:
+    """The data with less to validate on."""
+    held_out = Batches(data.validation.input_ids[:rows], data.validation.labels[:rows])
+    task = data.task and replace(data.task, validation=data.task.validation[:rows])
+    return replace(data, validation=held_out, task=task)
+
+
+# Exact numbers
+
+
+def test_one_run_decides_an_exact_number():
+    rule = quantity("counted", "share", "a share", 1, above=False, exact=True)
+    for value, verdict in ((0.5, "holds"), (2.0, "fails"), (1.0, "open")):
+        found = rule.decide({"counted": {0: {"scores": {"share": value}}}})
+        assert (found.verdict, found.seeds, found.low, found.high) == (verdict, 1, value, value)
+        assert found.text().endswith("%, exact")
+    assert rule.words.startswith("an exact number: holds if it lies below 1 %")
+    with pytest.raises(ValueError, match="from 2 to"):
+        quantity("counted", "share", "a share", 1).decide({"counted": {0: {"scores": {"share": 0.5}}}})
+
+
+@pytest.mark.parametrize(
+    "scale, arm, trained, total",
+    [
+        ("tiny", "all linears", 162_816, 3_114_432),
+        ("large", "q, v", 4_194_304, 6_742_609_920),
+        ("large", "all linears", 19_988_480, 6_758_404_096),
+        ("large", "full", 6_738_415_616, 6_738_415_616),
+    ],
+)
+def test_the_parameters_are_those_that_peft_counts(base, scale, arm, trained, total):
+    record = costs.share_trained(setting_of(base, costs.SHARE, arm, scale=scale))
+    assert (record["trained"], record["total"]) == (trained, total)
+    assert record["scores"]["trained, %"] == pytest.approx(100 * trained / total)
+
+
+def test_bytes_of_files_are_those_of_their_tensors(base):
+    """The count that stands for a file too large to write, beside files that are written."""
+    for arm, width in (("full", 4), ("q, v, r=4", 4), ("all linears, r=8", 4)):
+        written = costs.saved_bytes(setting_of(base, costs.SIZE, arm))["bytes"]
+        counted = costs.saved_bytes(setting_of(base, costs.SIZE, arm, settings={"tensors": True}))["bytes"]
+        counted *= width / (2 if arm == "full" else 4)  # the shipped base is in float32
+        assert counted < written < 1.1 * counted, f"{arm}: {written} bytes in files, {counted} in tensors"
+
+
+def test_a_step_at_7b_is_simulated_as_planned(base):
+    plan = costs.KEPT.plans["large"]
+    assert plan.settings["step"] == {"dtype": "bfloat16", "batch_size": 1, "sequence_length": 2048}
+    assert costs.CHECKPOINTED.plans["large"].settings["step"]["gradient_checkpointing"]
+    record = costs.bytes_of_a_step(setting_of(base, costs.CHECKPOINTED, "lora"))
+    assert "LoRA r=8 on all-linear, batch 16 x 80 tokens (36 counted)" in record["step"]
+    assert "checkpointing" in record["step"]
+    assert (
+        record["scores"]["peak, GB"] < costs.bytes_of_a_step(setting_of(base, costs.KEPT, "lora"))["scores"]["peak, GB"]
+    )
+
+
+# ΔW
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])
+def test_the_pieces_of_a_matrix_are_those_of_its_svd(shape):
+    torch.manual_seed(0)
+    change = torch.randn(shape) @ torch.diag(torch.linspace(2, 0.1, shape[1]))
+    energies, L, R = basics.directions(change)
+    U, S, Vh = torch.linalg.svd(change, full_matrices=False)
+    assert torch.allclose(energies.float(), S.square(), rtol=1e-4)
+    for rank in (0, 1, 5, min(shape)):
+        nearest = U[:, :rank] * S[:rank] @ Vh[:rank]
+        assert torch.allclose(L[:, :rank] @ R[:rank], nearest, atol=1e-4), f"not the nearest of rank {rank}"
+
+
+def test_what_is_kept_goes_from_the_base_to_the_trained_model(base, monkeypatch):
+    monkeypatch.setattr(study, "dataset", lambda name, base: few_rows(study.load_dataset(name, base.tokenizer), 4))
+    record = basics.cut_to_ranks(setting_of(base, basics.RANK[0], "full", 1e-3, steps=1))
+    scores = record["scores"]
+    assert scores["kept at 64"] == pytest.approx(1, abs=0.02), (
+        "64 directions are nearly all, and all is the trained model"
+    )
+    assert scores["kept at 0"] < scores["kept at 8"] < 1.02
+    energy = record["energy_by_rank"]
+    assert energy == sorted(energy) and energy[0] == 0 and energy[basics.RANKS.index(8)] == scores["energy at 8"]
+    assert dict(record["loss_by_rank"])[64] == pytest.approx(record["validation_loss"][-1][1], abs=0.02)
+
+
+# Four bits
+
+
+def test_rounding_costs_nothing_where_nothing_is_rounded(base, monkeypatch):
+    rows = torch.randint(3, 3000, (4, 32), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(basics, "text_rows", lambda setting: Batches(rows, rows))
+    cost = {arm: basics.cost_of_rounding(setting_of(base, basics.ROUNDING, arm)) for arm in basics.SCHEMES}
+    assert cost["floats"]["scores"] == {"KL": 0.0, "rise": 0.0} and cost["floats"]["tokens"] == 4 * 31
+    assert all(0 < cost[scheme]["scores"]["KL"] < 1 for scheme in ("nf4", "int4", "fp4"))
+
+
+def test_nf4_is_held_against_the_better_of_the_others():
+    def runs(nf4, int4, fp4):
+        costs = {"floats": 0.0, "nf4": nf4, "int4": int4, "fp4": fp4}
+        return {
+            name: {seed: {"scores": {"KL": kl * (1 + seed / 100)}} for seed in range(3)} for name, kl in costs.items()
+        }
+
+    rule = ledger.CLAIMS["nf4"].rule
+    assert rule.decide(runs(1, 2, 4)).number == pytest.approx(50) and rule.decide(runs(1, 2, 4)).verdict == "holds"
+    assert rule.decide(runs(1, 4, 0.5)).verdict == "fails" and rule.decide(runs(1, 1, 1)).verdict == "fails"
+
+
+def test_each_seed_is_another_text(base):
+    rows = [
+        basics.text_rows(replace(setting_of(base, basics.ROUNDING, "nf4"), seed=seed)).input_ids for seed in (0, 0, 1)
+    ]
+    assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0][:3], rows[2][:3])
+
+
+# Merging and sums
+
+
+def test_merging_into_floats_loses_nothing_and_rounding_does(base, monkeypatch):
+    monkeypatch.setattr(study, "dataset", lambda name, base: few_rows(study.load_dataset(name, base.tokenizer), 4))
+    monkeypatch.setattr(combining, "score_task", lambda *_: type("Scored", (), {"score": 0.5}))
+    record = combining.merged_losses(setting_of(base, combining.MERGE, "qlora", 1e-2, steps=2))
+    assert record["losses"]["apart"] == pytest.approx(record["validation_loss"][-1][1], rel=1e-4)
+    assert abs(record["scores"]["lost, merged %"]) < 0.1 and record["losses"]["rounded"] != record["losses"]["merged"]
+    gain = record["validation_loss"][0][1] - record["losses"]["apart"]
+    lost = 100 * (record["losses"]["rounded"] - record["losses"]["apart"]) / gain
+    assert record["scores"]["lost, rounded %"] == pytest.approx(lost)
+
+
+def test_a_sum_is_judged_by_the_task_that_suffers_more():
+    scores = {"json alone": 1.0, "pirate alone": 0.8, "json, 1 + 1": 0.9, "pirate, 1 + 1": 0.4}
+    assert combining.left_of_the_worse({"lora": {"scores": scores}}) == pytest.approx(50)
+
+
+# Time
+
+
+def test_times_are_held_against_the_first_in_percent():
+    """What ran twice as long, by a clock that is moved by hand, is 200 %."""
+    clock = iter(range(10**6))
+    ticks = {"slow": 2, "fast": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minilora.experiments.timing.time.perf_counter", lambda: next(clock))
+        actions = {name: lambda n=n: [next(clock) for _ in range(n - 1)] for name, n in ticks.items()}
+        assert speed.percent({"fast": actions["fast"], "slow": actions["slow"]}, 3) == {"slow": 200.0}
+
+
+def test_the_slower_of_two_bases_decides_how_fast_a_switch_is():
+    runs = {name: {"scores": {"switch, ms": ms}} for name, ms in (("base", 2.0), ("wide", 3.0))}
+    assert speed.slower_switch(runs) == 3.0
+
+
+# Figures
+
+
+def test_bars_show_the_mean_and_every_seed():
+    runs = {arm: {seed: {"scores": {"a": seed + 1.0, "b": 2.0}} for seed in range(3)} for arm in ("lora", "qlora")}
+    figure = bars(["a", "b"], "percent", 1.5)("a title", runs)
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["2"] * 4 and axes.get_xlabel() == "percent"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["LoRA", "QLoRA"]
+    dots = [dot for dots in axes.collections for dot in dots.get_offsets().tolist()] if axes.collections else []
+    assert any(math.isclose(x, 3.0) for x, _ in dots), "each seed is a dot"
+
+
+def test_the_variants_have_a_second_task_and_three_a_real_model():
+    on = {name: [where.name for where in ledger.CLAIMS[name].studies] for name in ("as-full", "qlora", "dora", "pissa")}
+    assert on["as-full"] == on["qlora"] == on["dora"] == ["dialect", "json", "orders"] and on["pissa"] == [
+        "dialect",
+        "json",
+    ]
+    assert isinstance(ledger.CLAIMS["dora"].studies[2].plans["smollm2"], Plan)
