@@ -31,7 +31,9 @@ def bars(
         axes.set_yticks([place + 0.4 - height / 2 for place in range(len(runs))], [look_of(arm).label for arm in runs])
         axes.invert_yaxis()
         axes.set(xlabel=xlabel, xscale="log" if log else "linear")
-        axes.margins(x=0.15)
+        if not log:
+            axes.locator_params(axis="x", nbins=5)
+        axes.margins(x=0.18)
         axes.set_title(textwrap.fill(title, 70), fontsize="small")
         if axes.get_legend_handles_labels()[1]:
             figure.legend(**LEGEND, loc="outside lower center", ncols=3)
@@ -50,4 +52,11 @@ def one_bar(axes, values: Sequence[float], place: float, height: float, number: 
         axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], color="black", capsize=3)
         axes.scatter(values, [place] * len(values), color="white", edgecolor="black", s=12, zorder=3)
         end = max(end, high)
-    axes.annotate(f"{mean:.3g}", (end, place), (5, 0), textcoords="offset points", va="center", fontsize="small")
+    axes.annotate(
+        f"{mean:,.0f}" if mean >= 1000 else f"{mean:.3g}",
+        (end, place),
+        (5, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize="small",
+    )

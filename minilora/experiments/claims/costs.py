@@ -87,7 +87,7 @@ TINY, SMOL = ("base", "float32", 16, 80), ("smollm2", "float32", 8, 96)  # as `c
 SEVEN = ("llama-2-7b", "bfloat16", 1, 2048)
 KEPT = memory_study(
     "memory",
-    "bytes of one AdamW step, activations kept: 16 x 80 tokens, 8 x 96, and 1 x 2048 at Llama-2-7B, all bfloat16",
+    "bytes of one AdamW step: the base 16 x 80 tokens, SmolLM2 8 x 96 (both float32), Llama-2-7B 1 x 2048 (bfloat16)",
     {
         "tiny": step_plan(*TINY, counted_tokens=36),
         "smollm2": step_plan(*SMOL, counted_tokens=36),
