@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from minilora.adapters.inject import lora_layers
 from minilora.experiments.claims import basics, combining, costs, ledger, speed, study
 from minilora.experiments.claims.bars import bars
 from minilora.experiments.claims.claim import quantity
 from minilora.experiments.claims.study import BASES, Plan, Setting
 from minilora.experiments.run import open_base
+from minilora.linear4bit import quantized_layers
 from minilora.text.batches import Batches
 
 
@@ -97,14 +99,16 @@ def test_the_pieces_of_a_matrix_are_those_of_its_svd(shape):
 
 def test_what_is_kept_goes_from_the_base_to_the_trained_model(base, monkeypatch):
     monkeypatch.setattr(study, "dataset", lambda name, base: few_rows(study.load_dataset(name, base.tokenizer), 4))
+    found, energies = basics.directions, torch.tensor([3.0, 1.0, *[0.0] * 62])
+    monkeypatch.setattr(basics, "directions", lambda change: (energies, *found(change)[1:]))
     record = basics.cut_to_ranks(setting_of(base, basics.RANK[0], "full", 1e-3, steps=1))
     scores = record["scores"]
     assert scores["kept at 64"] == pytest.approx(1, abs=0.02), (
         "64 directions are nearly all, and all is the trained model"
     )
     assert scores["kept at 0"] < scores["kept at 8"] < 1.02
-    energy = record["energy_by_rank"]
-    assert energy == sorted(energy) and energy[0] == 0 and energy[basics.RANKS.index(8)] == scores["energy at 8"]
+    assert record["energy_by_rank"] == [0, 0.75] + 6 * [1], "shares of the sum of σ², from rank 0 on"
+    assert (scores["energy at 8"], scores["rank for 90 %"]) == (1, 2)
     assert dict(record["loss_by_rank"])[64] == pytest.approx(record["validation_loss"][-1][1], abs=0.02)
 
 
@@ -144,7 +148,15 @@ def test_each_seed_is_another_text(base):
 def test_merging_into_floats_loses_nothing_and_rounding_does(base, monkeypatch):
     monkeypatch.setattr(study, "dataset", lambda name, base: few_rows(study.load_dataset(name, base.tokenizer), 4))
     monkeypatch.setattr(combining, "score_task", lambda *_: type("Scored", (), {"score": 0.5}))
+    states, evaluate = [], combining.evaluate_loss
+
+    def watched(model, *settings):
+        states.append((all(layer.merged for _, layer in lora_layers(model)), bool(quantized_layers(model))))
+        return evaluate(model, *settings)
+
+    monkeypatch.setattr(combining, "evaluate_loss", watched)
     record = combining.merged_losses(setting_of(base, combining.MERGE, "qlora", 1e-2, steps=2))
+    assert states == [(False, True), (True, False), (True, True)], "(merged, in 4 bits): apart, merged, rounded again"
     assert record["losses"]["apart"] == pytest.approx(record["validation_loss"][-1][1], rel=1e-4)
     assert abs(record["scores"]["lost, merged %"]) < 0.1 and record["losses"]["rounded"] != record["losses"]["merged"]
     gain = record["validation_loss"][0][1] - record["losses"]["apart"]
