@@ -112,6 +112,11 @@ def test_what_is_kept_goes_from_the_base_to_the_trained_model(base, monkeypatch)
     assert dict(record["loss_by_rank"])[64] == pytest.approx(record["validation_loss"][-1][1], abs=0.02)
 
 
+def test_what_a_cut_costs_is_a_rise_of_the_loss():
+    run = {"validation_loss": [[0, 5.0], [9, 0.25]], "loss_by_rank": [[0, 4.0], [8, 0.75], [64, 0.3]]}
+    assert basics.rise_at_8({"full": run}) == 0.5
+
+
 # Four bits
 
 
