@@ -79,12 +79,10 @@ def kept_by_rank(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figur
     """What is left of the task and of ‖ΔW‖² over the rank that ΔW is cut to, a line for each seed."""
     figure, (axes,) = new_figure()
     for seed, run in runs["full"].items():
-        kept = [100 * run["scores"][f"kept at {rank}"] for rank in RANKS]
-        energy = [100 * share for share in run["energy_by_rank"]]
-        for values, style, colour, label in (
-            (kept, "-o", "#D55E00", "gain in loss"),
-            (energy, "--s", "#000000", "‖ΔW‖²"),
-        ):
+        kept = [run["scores"][f"kept at {rank}"] for rank in RANKS]
+        looks = {"gain in loss": (kept, "-o", "#D55E00"), "‖ΔW‖²": (run["energy_by_rank"], "--s", "#000000")}
+        for label, (shares, style, colour) in looks.items():
+            values = [100 * share for share in shares]
             axes.plot(range(len(RANKS)), values, style, color=colour, markersize=4, label="" if seed else label)
     axes.axhline(90, color="#666666", linestyle=":", linewidth=1, label="the rules' bar")
     axes.set_xticks(range(len(RANKS)), RANKS)
