@@ -87,7 +87,7 @@ def kept_by_rank(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figur
     axes.axhline(90, color="#666666", linestyle=":", linewidth=1, label="the rules' bar")
     axes.set_xticks(range(len(RANKS)), RANKS)
     axes.set_ylim(min(-5, axes.get_ylim()[0]) if axes.get_ylim()[0] > -60 else -60, 105)
-    axes.set_title(title.partition(":")[0], fontsize="medium")
+    axes.set_title(title.partition(",")[0], fontsize="medium")
     return finished(figure, axes, xlabel="rank that each ΔW is cut to", ylabel="share that is kept (%)")
 
 

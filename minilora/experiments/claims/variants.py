@@ -18,8 +18,9 @@ DIALECT = Study(
     ARMS,
     {"tiny": Plan("dialect", steps=100, seeds=5, minutes=0.3)},
 )
-# Nothing but a format is new here. 30 steps, because after 60 every LoRA ends at one height, near 0.013, which is that
-# of the frozen output head on a token that the base never learned: from there on the arms could not be told apart.
+# Nothing but a format is new here. 30 steps, because after 60 LoRA is near 0.013, where the frozen output head stops it
+# on a token that the base never learned: from there on the arms could not be told apart. After 30 hardly an answer is
+# right yet, so what is compared is how fast the loss falls.
 JSON = Study(
     "json",
     "notes about a person as one JSON object, 30 steps, otherwise as dialect",
@@ -37,9 +38,8 @@ ORDERS = Study(
 
 
 def on_dialect(name: str, sentence: str, source: str, rule: Rule, objection: str) -> Claim:
-    """On dialect and, all but the one about high ranks, on json; on orders where it has the arms."""
-    studies = [DIALECT] if "lora r=64" in rule.arms else [DIALECT, JSON]
-    studies += [ORDERS] if set(rule.arms) <= set(ORDERS.arms) else []
+    """On dialect and json; and on orders, which has fewer arms, where it has the rule's."""
+    studies = [DIALECT, JSON] + [ORDERS] * (set(rule.arms) <= set(ORDERS.arms))
     return Claim(name, sentence, source, rule, tuple(studies), f"small bases and short runs; {objection}")
 
 
