@@ -169,7 +169,7 @@ def skill(setting: Setting) -> dict[str, Any]:
     data, tokenizer = setting.dataset(), setting.base.tokenizer
     if setting.arm.method is None:
         model: GPT | Prompt = setting.base.load()
-        record: dict[str, Any] = {"best_validation_loss": evaluate_loss(model, data.validation, 50)}
+        record: dict[str, Any] = {"best_validation_loss": evaluate_loss(model, data.validation, 50, "float32")}
     else:
         trained = setting.train(data, evaluations=4)
         model, record = trained.model, losses(trained)

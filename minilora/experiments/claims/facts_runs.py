@@ -46,7 +46,7 @@ def measure(setting: Setting) -> dict:
     validation = batches(kept, base.tokenizer)
     if setting.arm.method is None:
         model = base.load()
-        record: dict[str, Any] = {"last_validation_loss": evaluate_loss(model, validation, 16)}
+        record: dict[str, Any] = {"last_validation_loss": evaluate_loss(model, validation, 16, "float32")}
     else:
         steps = round(setting.plan.steps * len(rows) / len(facts))
         data = Dataset(setting.plan.data, batches(rows, base.tokenizer), validation, None, None, [])

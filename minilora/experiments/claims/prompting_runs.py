@@ -65,7 +65,7 @@ def loss_on_old_text(model, base: BaseFolder) -> float:
     else:
         topics = "\n".join(pydoc_data.topics.topics[topic] for topic in ("objects", "naming", "numeric-types", "try"))
         rows = cut(base.tokenizer.encode(topics)[:4096], 256)
-    return evaluate_loss(model, rows, batch_size=16)
+    return evaluate_loss(model, rows, 16, "float32")
 
 
 def old_documents() -> list[str]:
@@ -209,7 +209,7 @@ def loss_behind(model, tokenizer: AnyTokenizer, prompts: Sequence[ChatPrompt], t
             before = encode_prompt(tokenizer, prompt)
             after = tokenizer.encode(example.completion, continues=True)
             rows.append((before + after, [IGNORE] * len(before) + after))
-    return evaluate_loss(model, padded(rows, tokenizer), batch_size=8)
+    return evaluate_loss(model, padded(rows, tokenizer), 8, "float32")
 
 
 def answers_of(setting: Setting, model, task: Task, prompts: Sequence[ChatPrompt]) -> list[str]:
