@@ -106,8 +106,8 @@ CLAIMS = [
         "Whatever the rank, the layers and the rate, the gentlest LoRA forgets less than the gentler full fine-tuning.",
         BIDERMAN,
         forgets_less((*LORAS, *(f"{name} /3" for name in LORAS)), ("full", "full /3")),
-        objection="the best of eight settings beside the best of two; a tenth of full fine-tuning's rate (forget-slow-full) is "
-        "gentler than any of the ten on the small base",
+        objection="the best of eight settings beside the best of two; a tenth of full fine-tuning's rate "
+        "(forget-slow-full) is gentler than any of the ten on the small base",
     ),
     claim(
         "rank",
