@@ -163,12 +163,12 @@ def test_what_wrong_labels_cost_is_counted_in_points():
     assert {name: pytest.approx(number(name, runs)) for name in expected} == expected
 
 
-@pytest.mark.parametrize("where", [data.TOWNS, data.ORDERS], ids=lambda where: where.name)
+@pytest.mark.parametrize("where", [data.TOWNS, data.LONG, data.ORDERS], ids=lambda where: where.name)
 def test_an_arm_differs_from_its_neighbours_in_one_thing(where):
     for name, arm in where.arms.items():
         if name.startswith(("lora ", "full ")):
             method, size, share, *how = name.split(" ", 3)
-            sizes = data.SIZES if where is data.TOWNS else {"few": 25, "some": 100, "many": 400}
+            sizes = data.SIZES if where is not data.ORDERS else {"few": 25, "some": 100, "many": 400}
             expected = {"examples": sizes[size], "wrong": int(share[:-1]) / 100, **({"how": how[0]} if how else {})}
             assert (arm.method, arm.settings, arm.lora) == (method, expected, {}), name
         assert arm.rate_of is None or where.arms[arm.rate_of].rate_of is None, f"{name}: of an arm that is not searched"
