@@ -112,6 +112,12 @@ def test_the_interval_is_that_of_student():
             interval(values)
 
 
+def test_a_difference_has_a_sign_and_a_share_has_none():
+    assert score("lora", "asked", 50).decide(of_scores(lora=[0.8, 0.9])).text().startswith("85.0 % (53.")
+    found = more_right("lora", "full", "asked", 10).decide(of_scores(lora=[0.8, 0.9], full=[0.7, 0.9]))
+    assert found.text() == "+5.0 points (-26.6 to +36.6); these seeds tell ±31.6 apart"
+
+
 def test_studies_that_disagree_make_it_depend():
     def found(*verdicts):
         return [Finding(verdict, 0.0, -1.0, 1.0, 3) for verdict in verdicts]

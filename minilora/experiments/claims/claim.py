@@ -28,19 +28,22 @@ class Finding:
     high: float
     seeds: int
     unit: str = "%"
+    difference: bool = True  # of arms: written with its sign
 
     def text(self) -> str:
         """The number that decides; where nothing is decided, also the size of what these seeds can tell apart."""
-        number, low, high, apart = map(digits, (self.number, self.low, self.high, self.high - self.number))
+        number, low, high = (digits(value, self.difference) for value in (self.number, self.low, self.high))
         if self.seeds == 1:
             return f"{number} {self.unit}, exact"
         said = f"{number} {self.unit} ({low} to {high})"
-        return said if self.verdict != "open" else f"{said}; these seeds tell ±{apart.lstrip('+')} apart"
+        apart = digits(self.high - self.number, signed=False)
+        return said if self.verdict != "open" else f"{said}; these seeds tell ±{apart} apart"
 
 
-def digits(value: float) -> str:
-    """With its sign; one decimal, and two for what is below one."""
-    return f"{value:+.1f}" if abs(value) >= 1 or value == 0 else f"{value:+.2f}"
+def digits(value: float, signed: bool) -> str:
+    """One decimal, and two for what is below one."""
+    places = 1 if abs(value) >= 1 or value == 0 else 2
+    return f"{value:+.{places}f}" if signed else f"{value:.{places}f}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Rule:
         low, number, high = (numbers[0],) * 3 if self.exact else interval(numbers)
         above, below = low > self.bar, high < self.bar
         holds, fails = (above, below) if self.above else (below, above)
-        return Finding("holds" if holds else "fails" if fails else "open", number, low, high, len(seeds), self.unit)
+        verdict = "holds" if holds else "fails" if fails else "open"
+        return Finding(verdict, number, low, high, len(seeds), self.unit, difference=len(self.arms) > 1 and not self.exact)
 
 
 def lower_loss(arm: str, than: str, bar: float, measure: str = "best_validation_loss") -> Rule:
