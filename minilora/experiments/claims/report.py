@@ -1,18 +1,41 @@
 """The ledger on paper: its table, a claim with all its runs, and its figures."""
 
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
-from minilora.experiments.claims.claim import Finding, summary
+from minilora.experiments.claims.claim import Claim, Finding, summary
 from minilora.experiments.claims.ledger import CLAIMS, FAMILIES, Case, find, finding, reported, stored
 from minilora.experiments.claims.study import paired_losses
 from minilora.experiments.tune import TUNING_SEED
 from minilora.storage.files import replacing
 
+VERDICTS = ("holds", "fails", "depends", "open", "not run")
+
 
 def table() -> str:
     """The ledger in Markdown: a table for each family, in it a row for each claim, a line for each study and scale."""
-    return "\n\n".join(f"**{subject_of(family)}**\n\n{family_table(family)}" for family in FAMILIES)
+    return "\n\n".join(f"**{subject_of(family)}** ({count(family)})\n\n{family_table(family)}" for family in FAMILIES)
+
+
+def folded() -> str:
+    """The same for the README, where a table opens on a click."""
+    pieces = []
+    for family in FAMILIES:
+        head = f"<details><summary><b>{subject_of(family)}</b> ({count(family)})</summary>"
+        pieces.append(f"{head}\n\n{family_table(family)}\n\n</details>")
+    return "\n\n".join(pieces)
+
+
+def count(family: ModuleType) -> str:
+    """How many claims there are, and how many of each verdict."""
+    verdicts = Counter(verdict_of(claim) for claim in family.CLAIMS)
+    counted = ", ".join(f"{verdict} {verdicts[verdict]}" for verdict in VERDICTS if verdicts[verdict])
+    return f"{len(family.CLAIMS)} claims: {counted}"
+
+
+def verdict_of(claim: Claim) -> str:
+    return summary([found for case in find(claim.name) if (found := finding(claim, case))])
 
 
 def subject_of(family: ModuleType) -> str:
