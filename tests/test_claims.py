@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,7 @@ from minilora.experiments.claims.claim import (
 from minilora.experiments.claims.study import Arm, Plan, Study
 from minilora.experiments.run import open_base
 from minilora.experiments.tune import TUNING_SEED, grid_of
+from minilora.text.batches import Batches
 from minilora.train_settings import NonFiniteError
 
 SPREAD = [0.98, 1.0, 1.01, 1.02, 0.99]  # of seeds, as a factor
@@ -285,7 +287,8 @@ def test_a_real_run_is_recorded_and_scored():
     where = Study("real", "two steps", {"lora": Arm("lora")}, {"tiny": Plan("json", 2, 1, 1)})
     base = open_base(study.BASES["tiny"])
     small = study.Setting(base, where.plans["tiny"], where.arms["lora"], 1e-3, 0, progress=False)
-    data = small.dataset()
+    data = replace(small.dataset(), task=None)
+    data.validation = Batches(data.validation.input_ids[:4], data.validation.labels[:4])
     record = study.losses(small.train(data, evaluations=1, batch_size=2))
     assert [step for step, _ in record["validation_loss"]] == [0, 2]
     assert record["best_validation_loss"] == min(loss for _, loss in record["validation_loss"])
