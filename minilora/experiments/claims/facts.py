@@ -116,7 +116,7 @@ def of_people(count: int, batch_size: int, steps: int, arms: dict[str, Arm], min
 P12 = of_people(12, 4, 264, PLAIN, 0.3)
 P48 = of_people(48, 16, 264, PLAIN | MIXES | RANKS, 0.5)
 P200 = of_people(200, 67, 132, PLAIN | RANKS, 1)
-P200_LONGER = of_people(200, 16, 1100, PLAIN | RANKS, 2, "facts-200-longer")
+P200_LONGER = of_people(200, 16, 1100, PLAIN, 2, "facts-200-longer")
 P_CHAT = Study(
     "facts-chat",
     "12 people who do not exist, three facts each, told to a model that chats; exact answers by kind of question",
@@ -243,6 +243,6 @@ CLAIMS = [
         "Allen-Zhu and Li 2024, arXiv:2404.05405, of parameters; common advice",
         apart("lora r=64", "seen", "lora r=1", "seen", 5),
         "at equal epochs, not at the end of what a rank could hold",
-        (P48, P200, P200_LONGER),
+        (P48, P200),
     ),
 ]
