@@ -1,4 +1,4 @@
-"""Which rows of the data a training step learns from, and how many of their columns.
+"""Which rows of the data a training step learns from, how many of their columns, and which places in them count.
 
 All of it is a pure function of the data, the seed and the number of the step: a resumed run meets the batches that it
 would have met, and nothing needs to be replayed.
@@ -16,8 +16,9 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from minilora.train_settings import IGNORE, Rows, TrainConfig
+from minilora.train_settings import IGNORE, Piece, Rows, TrainConfig
 
 WINDOW = 16  # batches that are sorted together: enough for like lengths, few enough for an epoch's order to be random
 
@@ -55,21 +56,48 @@ def batch_rows_by_length(labels: Tensor, step: int, config: TrainConfig) -> Tens
 
 
 def row_lengths(labels: Tensor) -> Tensor:
-    """labels (N, T) -> how many columns each row needs, (N,): up to its last counted token, and at least one."""
-    columns = torch.arange(1, labels.shape[1] + 1, device=labels.device)
-    return ((labels != IGNORE) * columns).amax(1).clamp(min=1)
+    """labels (N, T) -> how many columns each row needs, (N,): up to its last counted token, and at least one.
+
+    Of pairs, labels (N, 2, T), the longer row decides."""
+    columns = torch.arange(1, labels.shape[-1] + 1, device=labels.device)
+    return ((labels != IGNORE) * columns).flatten(1).amax(1).clamp(min=1)
 
 
 def trimmed(input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Both (B, T) without the trailing columns that no row needs."""
     longest = int(row_lengths(labels).max())
-    return input_ids[:, :longest], labels[:, :longest]
+    return input_ids[..., :longest], labels[..., :longest]
 
 
-def batch_of(data: Rows, step: int, config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """The batch of step `step`, input_ids and labels (B, T), as the loop sees it. Where the data lies, it is made."""
+def taken(data: Rows, rows: Tensor) -> tuple[Tensor, ...]:
+    """These rows of the data, input_ids and labels (B, T), trimmed, and of whatever else it has for each row."""
+    input_ids, labels = trimmed(data.input_ids[rows], data.labels[rows])
+    return input_ids, labels, *(tensor[rows] for tensor in getattr(data, "more", ()))
+
+
+def batch_of(data: Rows, step: int, config: TrainConfig) -> tuple[Tensor, ...]:
+    """The batch of step `step`, as `taken` gives it and the loop sees it. Where the data lies, it is made."""
     if config.group_by_length:
         rows = batch_rows_by_length(data.labels, step, config)
     else:
         rows = batch_rows(len(data.labels), step, config)
-    return trimmed(data.input_ids[rows], data.labels[rows])
+    return taken(data, rows)
+
+
+def counted_places(targets: Tensor, counted_tokens: int | None = None) -> tuple[Tensor, ...]:
+    """Rows and columns of the targets (b, T) that count, each (N,). counted_tokens: as in `training_step`."""
+    counts = targets != IGNORE
+    if not isinstance(targets, FakeTensor):
+        return counts.nonzero(as_tuple=True)
+    each = targets.shape[1] - 1 if counted_tokens is None else counted_tokens
+    return torch.nonzero_static(counts, size=len(targets) * each).unbind(1)
+
+
+def pieces_of(count: int, counted_tokens: int | None, *batch: Tensor) -> list[Piece]:
+    """A batch as `count` micro-batches: input_ids and targets (B, T), or of pairs (B, 2, T), and what there is more of
+    each. counted_tokens: as in `training_step`."""
+    pieces = []
+    for ids, targets, *more in zip(*(part.chunk(count) for part in batch), strict=True):
+        ids, targets = ids.flatten(0, -2), targets.flatten(0, -2)  # (b, T): a pair is two rows
+        pieces.append(Piece(ids, targets, counted_places(targets, counted_tokens), tuple(more)))
+    return pieces

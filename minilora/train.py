@@ -3,9 +3,12 @@
     forward -> loss -> backward -> clip -> step
 
 The loop trains whatever has `requires_grad` and does not know why the rest is frozen: choosing a method is choosing
-what is trainable, before the loop begins. Learning rate and rows of a step are pure functions of the step's number and
-the seed, and the generator that dropout draws from is saved with the weights. So a run that was killed continues from
-its saved state exactly as if it had never stopped, and nothing needs to be replayed.
+what is trainable, before the loop begins. Nor does it know what is made small: an objective says how many things of a
+batch count, and their sum. Cross entropy is the default; `objectives.py` has others.
+
+Learning rate and rows of a step are pure functions of the step's number and the seed, and the generator that dropout
+draws from is saved with the weights. So a run that was killed continues from its saved state exactly as if it had never
+stopped, and nothing needs to be replayed.
 
 Logits are the largest tensor of all, and in instruction data most tokens do not count. So the loop first finds the
 places that count, and the model makes logits there and nowhere else.
@@ -15,7 +18,7 @@ Letters in the shape comments: B rows of a batch, b of a micro-batch, T tokens, 
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -29,9 +32,18 @@ from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from minilora.dtypes import HALF_PRECISION
-from minilora.rows import batch_of, row_lengths, trimmed
+from minilora.rows import batch_of, pieces_of, row_lengths, taken
 from minilora.storage.training_state import load_training_state, run_identity, save_training_state
-from minilora.train_settings import IGNORE, History, NonFiniteError, Rows, TrainConfig, check_data, check_groups
+from minilora.train_settings import (
+    CROSS_ENTROPY,
+    IGNORE,
+    History,
+    NonFiniteError,
+    Objective,
+    Rows,
+    TrainConfig,
+    check_groups,
+)
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
@@ -75,16 +87,7 @@ def set_gradient_checkpointing(model: nn.Module, enabled: bool):
 
 def next_token_targets(labels: Tensor) -> Tensor:
     """labels (B, T), each the token AT its place -> targets (B, T), each the token AFTER it; the last has none."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-
-
-def counted_places(targets: Tensor, counted_tokens: int | None = None) -> tuple[Tensor, ...]:
-    """Rows and columns of the targets (b, T) that count, each (N,). counted_tokens: as in `training_step`."""
-    counts = targets != IGNORE
-    if not isinstance(targets, FakeTensor):
-        return counts.nonzero(as_tuple=True)
-    each = targets.shape[1] - 1 if counted_tokens is None else counted_tokens
-    return torch.nonzero_static(counts, size=len(targets) * each).unbind(1)
+    return F.pad(labels[..., 1:], (0, 1), value=IGNORE)
 
 
 def forward(model: nn.Module, input_ids: Tensor, where: tuple[Tensor, ...], precision: str) -> Tensor:
@@ -105,23 +108,25 @@ def training_step(
     labels: Tensor,
     config: TrainConfig,
     counted_tokens: int | None = None,
+    objective: Objective = CROSS_ENTROPY,
+    more: Sequence[Tensor] = (),
 ) -> Tensor:
     """One optimizer step on one batch, input_ids and labels (B, T); returns the batch's mean loss, a scalar.
 
     Each micro-batch's sum is divided by the tokens that count in the WHOLE batch, so that any number of micro-batches
     gives the same gradient: a mean of means would weigh a short answer's tokens more. Runs on fake tensors too, as
     `experiments/simulate.py` does; they have no numbers, and `counted_tokens` says how many tokens of each row count
-    (None: all but the first). Raises NonFiniteError, before the step is taken, when the loss or the gradient is not a
-    finite number.
+    (None: all but the first). An objective may count pairs, input_ids and labels (B, 2, T), and need `more` of each.
+    Raises NonFiniteError, before the step is taken, when the loss or the gradient is not a finite number.
     """
-    targets, pieces = next_token_targets(labels), config.accumulation_steps  # (B, T)
     # All places before any forward: finding them waits for the device, which has nothing to do yet.
-    places = [counted_places(piece, counted_tokens) for piece in targets.chunk(pieces)]
-    counted = max(1, sum(len(rows) for rows, _ in places))  # a batch in which nothing counts has loss 0
+    pieces = pieces_of(config.accumulation_steps, counted_tokens, input_ids, next_token_targets(labels), *more)
+    counted = max(1, sum(map(objective.count, pieces)))  # a batch in which nothing counts has loss 0
     mean_loss = torch.zeros((), device=input_ids.device)
-    for ids, following, where in zip(input_ids.chunk(pieces), targets.chunk(pieces), places, strict=True):  # (b, T)
-        logits = forward(model, ids, where, config.precision)  # forward: (N, V)
-        loss = F.cross_entropy(logits, following[where], reduction="sum") / counted  # loss: Σ -log p(target), in nats
+    for piece in pieces:
+        known = objective.before(model, piece, config.precision)  # what takes no gradient
+        logits = forward(model, piece.input_ids, piece.where, config.precision)  # forward: (N, V)
+        loss = objective.loss(logits, piece, known) / counted  # loss: a sum over what counts in this piece
         del logits  # backward needs the log-probabilities, which the loss has kept
         loss.backward()  # backward: adds to .grad
         mean_loss = mean_loss + loss.detach()  # in the loss's own dtype
@@ -145,19 +150,21 @@ def check_finite(loss: Tensor, norm: Tensor, optimizer: Optimizer, config: Train
 
 
 @torch.no_grad()
-def evaluate_loss(model: nn.Module, data: Rows, batch_size: int, precision: str = "auto") -> float:
-    """Mean nats per counted token over all of `data`, dropout off."""
-    check_data(data, "the data to evaluate")
+def evaluate_loss(
+    model: nn.Module, data: Rows, batch_size: int, precision: str = "auto", objective: Objective = CROSS_ENTROPY
+) -> float:
+    """The mean loss over all of `data`, dropout off: by default nats per counted token."""
+    objective.check(model, data, "the data to evaluate")
     device, training = next(model.parameters()).device, model.training
     model.eval()
     total, counted = 0.0, 0
     for rows in row_lengths(data.labels).argsort().split(batch_size):  # rows of like length have little padding
-        ids, labels = trimmed(data.input_ids[rows], data.labels[rows])
-        targets = next_token_targets(labels).to(device)  # (b, T)
-        where = counted_places(targets)
-        logits = forward(model, ids.to(device), where, precision)  # (N, V)
-        total += F.cross_entropy(logits, targets[where], reduction="sum").item()
-        counted += len(logits)
+        ids, labels, *more = (part.to(device) for part in taken(data, rows))
+        (piece,) = pieces_of(1, None, ids, next_token_targets(labels), *more)
+        known = objective.before(model, piece, precision)
+        logits = forward(model, piece.input_ids, piece.where, precision)  # (N, V)
+        total += objective.loss(logits, piece, known).item()
+        counted += objective.count(piece)
     model.train(training)
     return total / counted
 
@@ -174,12 +181,13 @@ def train(
     progress: bool = True,
     settings: dict | None = None,
     after_step: Callable[[int, Optimizer], None] | None = None,
+    objective: Objective = CROSS_ENTROPY,
 ) -> History:
     """Trains, in place, whatever has `requires_grad`; returns the losses and times.
 
     model: called as model(input_ids, where=(rows, columns)), it returns the logits at these places, (N, V).
     data, validation: anything with `.input_ids` and `.labels`, int64 (N, T). labels[t] is the token at t, or -100
-        where it does not count; the shift by one happens here.
+        where it does not count; the shift by one happens here. What an objective needs besides is in `.more`.
     parameter_groups: see `make_optimizer`; each group's own learning rate follows the same schedule.
     state_path: where to save every `save_every` steps and at the end; with resume, the run that is saved there goes on
         (if nothing is saved yet, the run begins at the beginning).
@@ -187,12 +195,13 @@ def train(
         and compared.
     after_step: called after every optimizer step with the number of steps done and the optimizer. Its decisions must
         follow from these, the model and the seed, or a resumed run is another run.
+    objective: what is made small, and validated; cross entropy by default.
 
     After the last step the model is in eval mode. Seeds torch's generator. The same seed gives the same weights bit for
     bit on a CPU; on CUDA some kernels add in an order of their own. Raises NonFiniteError (a ValueError) when the loss
     or the gradient is no longer a finite number: the weights are then those of the last good step.
     """
-    check_data(data, "the training data")
+    objective.check(model, data, "the training data")
     if (resume or config.save_every) and state_path is None:
         raise ValueError("resume and save_every need a state_path, which is not given")
     device = next(model.parameters()).device
@@ -202,7 +211,7 @@ def train(
     torch.manual_seed(config.seed)
     history, start, settings = History(), 0, settings or {}
     if state_path is not None:
-        settings = asdict(config) | run_identity(model, data, optimizer) | settings
+        settings = asdict(config) | run_identity(model, data, optimizer) | objective.settings | settings
         if resume and Path(state_path).exists():
             start, saved = load_training_state(state_path, model, optimizer, settings)
             history = History(**saved)
@@ -212,7 +221,8 @@ def train(
 
     def evaluate(step: int):
         if validation is not None:
-            loss = evaluate_loss(model, validation, config.batch_size // config.accumulation_steps, config.precision)
+            size = config.batch_size // config.accumulation_steps
+            loss = evaluate_loss(model, validation, size, config.precision, objective)
             history.validation_loss.append([step, loss])
 
     model.train()
@@ -223,9 +233,9 @@ def train(
             began = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * learning_rate_factor(step, config)
-            input_ids, labels = (part.to(device) for part in batch_of(data, step, config))  # (B, T)
+            input_ids, labels, *more = (part.to(device) for part in batch_of(data, step, config))  # (B, T)
             try:
-                loss = training_step(model, optimizer, input_ids, labels, config).item()
+                loss = training_step(model, optimizer, input_ids, labels, config, None, objective, more).item()
             except NonFiniteError as error:
                 raise NonFiniteError(f"at step {step} of {config.steps} {error}") from None
             steps_done = step + 1

@@ -1,10 +1,11 @@
-"""What the training loop is given and what it leaves behind: `TrainConfig`, `History`, and the checks of its input."""
+"""What the training loop is given and leaves behind: `Objective`, `TrainConfig`, `History`, the checks of its input."""
 
 import statistics
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from minilora.ranges import BATCH_SIZE, EVERY, LEARNING_RATE, SEED, STEPS, Range
 
@@ -16,6 +17,47 @@ class Rows(Protocol):
 
     input_ids: Tensor  # (N, T) int64
     labels: Tensor  # (N, T) int64
+
+
+@dataclass
+class Piece:
+    """A micro-batch, with the places that count. A pair is two rows, one below the other."""
+
+    input_ids: Tensor  # (b, T)
+    targets: Tensor  # (b, T): the token after each place, or IGNORE
+    where: tuple[Tensor, ...]  # rows and columns of the N places that count, each (N,)
+    more: tuple[Tensor, ...] = ()  # what the data brings along, an entry for each row or pair
+
+
+class Objective:
+    """What training makes small: a mean over all that counts in a batch. This one, the default, is cross entropy.
+
+    The loop makes the trained model's logits at the places that count, and cuts a batch into pieces. What it makes of
+    them is the objective's: the others, in `objectives.py`, differ from this one in some of its methods.
+    """
+
+    @property
+    def settings(self) -> dict:
+        """All that a resumed run must find the same, as JSON holds it."""
+        return {}
+
+    def check(self, model: nn.Module, data: Rows, name: str):
+        """Raises ValueError for a model or data that do not fit. Called before training and evaluation."""
+        check_data(data, name)
+
+    def count(self, piece: Piece) -> int:
+        """How many things count: here tokens."""
+        return len(piece.where[0])
+
+    def before(self, model: nn.Module, piece: Piece, precision: str) -> Any:
+        """What must be known before the model's forward pass and takes no gradient, such as another model's logits."""
+
+    def loss(self, logits: Tensor, piece: Piece, known: Any) -> Tensor:
+        """logits (N, V), and what `before` gave -> the SUM over the things that count, so that pieces add up."""
+        return F.cross_entropy(logits, piece.targets[piece.where], reduction="sum")  # Σ -log p(target), in nats
+
+
+CROSS_ENTROPY = Objective()
 
 
 @dataclass

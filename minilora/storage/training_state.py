@@ -168,14 +168,15 @@ def check_same_settings(path: str | Path, old: dict, new: dict):
 def run_identity(model: nn.Module, data, optimizer: Optimizer) -> dict:
     """All that decides a run besides its config and its state, small enough to be kept among the settings.
 
-    data: anything with tensors `.input_ids` and `.labels`.
+    data: anything with tensors `.input_ids` and `.labels`, and `.more` of them where an objective needs that.
     """
     frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    more = {f"more/{number}": tensor for number, tensor in enumerate(getattr(data, "more", ()))}
     return {
         "device": next(model.parameters()).device.type,
         "group_learning_rates": [group["initial_lr"] for group in optimizer.param_groups],
         "group_weight_decays": [group["weight_decay"] for group in optimizer.param_groups],
-        "data_digest": digest({"input_ids": data.input_ids, "labels": data.labels}),
+        "data_digest": digest({"input_ids": data.input_ids, "labels": data.labels} | more),
         "frozen_digest": digest(frozen | dict(model.named_buffers())),
     }
 
