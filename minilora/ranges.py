@@ -67,6 +67,8 @@ ALPHA = Range(0, 1e9, above=True)  # an update scaled by more is no number
 DROPOUT = Range(0, 1, below=True)
 VIRTUAL_TOKENS = whole(1, 2**16)
 LORAPLUS_RATIO = POSITIVE
+# Objectives
+BETA = POSITIVE  # how much a preference counts against the distance from the reference
 # Data
 COUNT = whole(1, 100_000)  # of examples held out
 ROW = whole(2, 2**20)  # tokens; the first of a row is predicted by nothing

@@ -234,6 +234,15 @@ def remove_lora(model: nn.Module):
     vars(model).pop("lora_config", None)
 
 
+def absorb_lora(model: nn.Module) -> nn.Module:
+    """Merges the adapter for good: a plain model, frozen, with W + ΔW where W was. Returns it. Raises as merge_lora."""
+    merge_lora(model)
+    for name, layer in dict(lora_layers(model)).items():
+        replace_module(model, name, layer.base_layer)
+    vars(model).pop("lora_config", None)
+    return model
+
+
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Of every LoRA layer A and B, and DoRA's magnitude."""
     return [parameter for _, layer in lora_layers(model) for parameter in layer.parameters(recurse=False)]

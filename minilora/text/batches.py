@@ -17,8 +17,9 @@ from minilora.train_settings import IGNORE
 
 @dataclass
 class Batches:
-    input_ids: Tensor  # (N, T) int64
+    input_ids: Tensor  # (N, T) int64; of pairs (N, 2, T)
     labels: Tensor  # (N, T) int64
+    more: tuple[Tensor, ...] = ()  # what an objective needs besides, each with N entries
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -26,7 +27,7 @@ class Batches:
     @property
     def counted_tokens(self) -> int:
         """How many tokens the loss counts. The first of a row is never among them: nothing stands before it."""
-        return int((self.labels[:, 1:] != IGNORE).sum())
+        return int((self.labels[..., 1:] != IGNORE).sum())
 
 
 def pack(documents: Iterable[list[int]], length: int, tokenizer: AnyTokenizer) -> Batches:
