@@ -9,6 +9,7 @@ Where it has none, both are plain text, and a line of messages cannot be used.
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,11 @@ class Line:
     number: int
     example: Example
     row: Row
+    rejected: Row | None = None  # of a pair: the tokens of the answer that is not wanted
 
     @property
     def size(self) -> int:
-        return len(self.row[0])
+        return max(len(ids) for ids, _ in (self.row, self.rejected or self.row))
 
     @property
     def opening(self) -> str:
@@ -57,10 +59,23 @@ def load_instructions(path: Path, tokenizer: AnyTokenizer, max_length: int, coun
     Examples of more than `max_length` tokens are left out. Raises ValueError, naming file and line, for a line that is
     no example, and for a file without enough of them.
     """
+    train, held_out, notes = read_split(path, tokenizer, max_length, count, seed, read_example)
+    batches = [padded([line.row for line in lines], tokenizer) for lines in (train, held_out)]
+    examples = [[line.example for line in lines] for lines in (train, held_out)]
+    return Instructions(batches[0], batches[1], examples[0], examples[1], notes)
+
+
+Reader = Callable[[int, str, AnyTokenizer], Line]  # of a line and its number
+
+
+def read_split(
+    path: Path, tokenizer: AnyTokenizer, max_length: int, count: int, seed: int, read: Reader
+) -> tuple[list[Line], list[Line], str]:
+    """The lines to train on, those held out, and notes. Raises as `load_instructions` does."""
     held_out_file = path.with_suffix(f".validation{path.suffix}")
-    train, notes = read_lines(path, tokenizer, max_length)
+    train, notes = read_lines(path, tokenizer, max_length, read)
     if held_out_file.is_file():
-        held_out, more_notes = read_lines(held_out_file, tokenizer, max_length)
+        held_out, more_notes = read_lines(held_out_file, tokenizer, max_length, read)
         check_apart(path, train, held_out_file, held_out)
         held_out, notes = held_out[:count], notes + more_notes
         how = f"held out in {held_out_file.name}"
@@ -68,12 +83,17 @@ def load_instructions(path: Path, tokenizer: AnyTokenizer, max_length: int, coun
         train, held_out = split(path, train, count, seed)
         how = f"held out (shuffled with seed {seed})"
     notes = [f"{path.name}: {len(train)} examples to train on, {len(held_out)} {how}", *notes]
-    batches = [padded([line.row for line in lines], tokenizer) for lines in (train, held_out)]
-    examples = [[line.example for line in lines] for lines in (train, held_out)]
-    return Instructions(batches[0], batches[1], examples[0], examples[1], "\n".join(notes))
+    return train, held_out, "\n".join(notes)
 
 
-def read_lines(path: Path, tokenizer: AnyTokenizer, max_length: int) -> tuple[list[Line], list[str]]:
+def read_example(number: int, line: str, tokenizer: AnyTokenizer) -> Line:
+    example = as_chat(parse(line), tokenizer)
+    return Line(number, example, example_row(example.prompt, example.completion, tokenizer))
+
+
+def read_lines(
+    path: Path, tokenizer: AnyTokenizer, max_length: int, read: Reader = read_example
+) -> tuple[list[Line], list[str]]:
     """The examples that fit `max_length` tokens, and a note on those that do not."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -83,8 +103,7 @@ def read_lines(path: Path, tokenizer: AnyTokenizer, max_length: int) -> tuple[li
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                example = as_chat(parse(line), tokenizer)
-                lines.append(Line(number, example, example_row(example.prompt, example.completion, tokenizer)))
+                lines.append(read(number, line, tokenizer))
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
     if not lines:
@@ -102,8 +121,8 @@ def read_lines(path: Path, tokenizer: AnyTokenizer, max_length: int) -> tuple[li
     return [line for line in lines if line.size <= max_length], [note]
 
 
-def parse(line: str) -> Example:
-    """The example on a line; the last answer of a chat is its completion. ValueError says what is wrong with it."""
+def parse_object(line: str) -> dict[str, Any]:
+    """The object in braces on a line. ValueError for anything else."""
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
@@ -112,6 +131,12 @@ def parse(line: str) -> Example:
         raise ValueError("not an example: its brackets are nested too deeply") from None
     if not isinstance(entry, dict):
         raise ValueError(f"an object in braces is needed, not {line.strip()[:40]}")
+    return entry
+
+
+def parse(line: str) -> Example:
+    """The example on a line; the last answer of a chat is its completion. ValueError says what is wrong with it."""
+    entry = parse_object(line)
     if "messages" in entry:
         messages = check_messages(entry["messages"])
         return Example(messages[:-1], messages[-1]["content"])
