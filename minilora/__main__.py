@@ -20,6 +20,7 @@ from minilora.experiments import bench as benchmarks
 from minilora.experiments import bench_device, bench_model, device_report
 from minilora.experiments.claims import ledger, report
 from minilora.experiments.compare import compare as compare_methods
+from minilora.experiments.goals import dpo_rate, load_data
 from minilora.experiments.merge import merge_adapter
 from minilora.experiments.methods import BaseFolder, Experiment
 from minilora.experiments.pretrain import pretrain as pretrain_base
@@ -31,7 +32,7 @@ from minilora.inference.chat import Conversation, open_shelf, talk, typed_lines,
 from minilora.inference.evaluate import evaluate_world, score_task
 from minilora.inference.generate import stream
 from minilora.model import GPT
-from minilora.options import CHANGES, CONVERSE, EXCLUSIVE, OPTIONS, TASK, device_of, targets_of
+from minilora.options import CHANGES, CONVERSE, EXCLUSIVE, OPTIONS, device_of, targets_of
 from minilora.quant import Quantization
 from minilora.storage.adapters import load_adapter
 from minilora.storage.config import MODEL_CONFIG, load_config
@@ -44,13 +45,14 @@ from minilora.storage.models import MODEL_WEIGHTS, stored_dtype
 from minilora.storage.peft import base_quantization, peft_type
 from minilora.storage.prompts import PROMPTS, load_prompt
 from minilora.text.chat import encode_prompt
-from minilora.text.datasets import data_named, load_dataset
+from minilora.text.datasets import data_named
 from minilora.text.streaming import stream_text
 from minilora.text.tasks import load_task
 
 # Fields of TrainConfig, by name.
 LOOP_OPTIONS = ("accumulation_steps", "gradient_checkpointing", "group_by_length", "precision", "save_every")
 RUN_OPTIONS = ("steps", "batch_size", *LOOP_OPTIONS)
+GOAL = ("objective", "beta", "teacher", "adapter")  # of Experiment, by name
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")  # of `stream` and `Conversation`, by name
 
 
@@ -74,8 +76,9 @@ def experiments_of(options, methods: list[str]) -> list[Experiment]:
     """One for each method, all of the same base and data; a rate that is not given is the method's tuned one, and where
     it was tuned on something else, a line says so."""
     base = base_of(options, methods)
-    data = (options.task or TASK) if options.data is None else data_named(options.data)
-    dataset = load_dataset(data, base.tokenizer, options.sequence_length, count=options.count)
+    goal = {name: value for name in GOAL if (value := getattr(options, name, None)) is not None}
+    data = options.task if options.data is None else data_named(options.data)
+    dataset = load_data(goal.get("objective"), data, base.tokenizer, options.sequence_length, options.count)
     if dataset.notes:
         print(dataset.notes)
     alpha = 2 * options.rank if options.alpha is None else options.alpha
@@ -88,12 +91,15 @@ def experiments_of(options, methods: list[str]) -> list[Experiment]:
         rate = options.learning_rate
         if rate is None and getattr(options, "tune", False):
             rate = grid_of(method)[0]
+        elif rate is None and goal.get("objective") == "dpo":
+            rate = dpo_rate(method)
+            print(f"learning rate {rate:g}: not tuned on these pairs; --learning-rate gives another", file=sys.stderr)
         elif rate is None:
             rate = tuned_learning_rate(dataset.name, method, base)
             if borrowed := borrowed_rate(dataset.name, method, base):
                 print(borrowed, file=sys.stderr)
         training = schedule(learning_rate=rate, seed=options.seed, **plan)
-        experiments.append(Experiment(base, dataset, method, training, *details))
+        experiments.append(Experiment(base, dataset, method, training, *details, **goal))
     return experiments
 
 
@@ -150,7 +156,7 @@ def memory(options):
     config = options.model if options.base is None else load_config(find_base(options.base))
     sizes = options.method, options.batch_size, options.sequence_length, options.dtype, options.autocast
     more = dict(r=options.rank, target_modules=targets_of(options.targets), quantization=quantization_of(options))
-    for name in ("gradient_checkpointing", "accumulation_steps", "counted_tokens"):
+    for name in ("gradient_checkpointing", "accumulation_steps", "counted_tokens", "objective"):
         more[name] = getattr(options, name)
     print(simulate(config, *sizes, **more).table())
 
@@ -243,13 +249,14 @@ STEPS = ("--steps", "--batch-size", "--learning-rate")
 TRAINING = (*DATA, *STEPS, "--dtype", *LORA, "--alpha", "--dropout", "--virtual-tokens", "--loraplus-ratio")
 LOOP = ("--accumulation-steps", "--gradient-checkpointing", "--group-by-length", "--precision")
 ONE_RUN = ("--method", "--resume", "--overwrite", "--save-every", *LOOP)
+GOALS = ("--objective", "--beta", "--teacher", "--adapter")
 TOKENS = ("--max-new-tokens", "--temperature", "--top-k", "--top-p")
-SHAPE = ("--model", "--base", "--method", "--batch-size", "--sequence-length", "--counted-tokens")
+SHAPE = ("--model", "--base", "--method", "--batch-size", "--sequence-length", "--counted-tokens", "--objective")
 WAYS = ("--dtype", "--autocast", "--gradient-checkpointing", "--accumulation-steps")
 # By verb, its options; all have --seed and --device.
 VERBS = {
     compare: (*TRAINING, "--methods", "--seeds", "--tune"),
-    finetune: (*TRAINING, *ONE_RUN),
+    finetune: (*TRAINING, *ONE_RUN, *GOALS),
     pretrain: ("--out", "--steps", "--resume"),
     generate: ("prompt", "--chat", *ADAPTER, "--dtype", "--escapes", *TOKENS),
     memory: (*SHAPE, *LORA, *WAYS),

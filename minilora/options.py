@@ -9,18 +9,19 @@ import torch
 from minilora import ranges
 from minilora.command import a_name, a_path, a_text, number
 from minilora.experiments.claims.study import BASES
-from minilora.experiments.methods import DEFAULT_METHODS, METHODS, Experiment
+from minilora.experiments.goals import TASK
+from minilora.experiments.methods import DEFAULT_METHODS, METHODS, OBJECTIVES, Experiment
 from minilora.experiments.run import BASE
-from minilora.experiments.simulate import SIMULATED_DTYPES, SIMULATED_METHODS
+from minilora.experiments.simulate import SIMULATED_DTYPES, SIMULATED_METHODS, SIMULATED_OBJECTIVES
 from minilora.levels import LEVELS
 from minilora.presets import PRESETS
 from minilora.quant import BLOCK_SIZES, QLORA
 from minilora.storage.get import SOURCES
 from minilora.text.datasets import HELD_OUT, PYTHON_CODE
 from minilora.text.instruction_sets import SCORERS
+from minilora.text.preferences import PAIRS
 from minilora.text.tasks import TASKS
 
-TASK = "json"  # where neither a task nor data is named
 CONVERSE = object()  # what --chat is without a question
 DATA_HELP = (
     f"instead of a task: {', '.join(SCORERS)} (its pirate is not the task of that name), or your own FILE.jsonl of "
@@ -45,6 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--adapter": dict(type=a_path, help="an adapter folder in PEFT layout"),
     "--alpha": number(ranges.ALPHA, "lora_alpha (twice the rank)"),
     "--autocast": FLAG | dict(help="matrix products in bfloat16 whatever the weights are"),
+    "--beta": number(ranges.BETA, "of dpo: preference against distance from the reference", default=Experiment.beta),
     "--base": dict(type=a_path, default=BASE, help="a model folder, a GGUF file, or a name that get knows"),
     "--batch-size": number(ranges.BATCH_SIZE, "sequences per step (16, of instruction data 8)"),
     "--block-size": dict(type=int, choices=BLOCK_SIZES, default=QLORA.block_size, help="weights with one scale"),
@@ -70,6 +72,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--method": dict(choices=METHODS, default="lora", help="which parameters are trained, and how"),
     "--methods": dict(type=method_list, default=",".join(DEFAULT_METHODS), help=f"of {', '.join(METHODS)}"),
     "--model": dict(choices=PRESETS, default="llama-2-7b", help="a known shape"),
+    "--objective": dict(
+        choices=OBJECTIVES, default="sft", help="answers as they are, preferred over others, or as a teacher would say"
+    ),
     "--out": dict(type=a_path, help="the folder to write"),
     "--overwrite": FLAG | dict(help="replace what --out holds, also a model by an adapter or an adapter by a model"),
     "--precision": dict(choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA"),
@@ -88,6 +93,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--steps": number(ranges.STEPS, "optimizer steps (150, of instruction data 30 or four passes)"),
     "--targets": dict(type=a_name, default="all-linear", help="q_proj,v_proj or a regular expression or all-linear"),
     "--task": dict(choices=TASKS),
+    "--teacher": dict(type=a_path, help="of distill: a model folder, or an adapter folder on the base"),
     "--temperature": number(ranges.TEMPERATURE, "0 takes the likeliest token", default=0.0),
     "--top-k": number(ranges.TOP_K, "only the likeliest tokens"),
     "--top-p": number(ranges.TOP_P, "only the likeliest tokens, of this probability together"),
@@ -102,7 +108,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 # By verb, the options that differ from the table above.
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "compare": {"--task": dict(help=f"of the tiny world ({TASK})"), "--out": dict(default=Path("runs/compare"))},
-    "finetune": {"--task": dict(help=f"of the tiny world ({TASK})"), "--out": dict(default=Path("runs/finetune"))},
+    "finetune": {
+        "--task": dict(help=f"of the tiny world ({TASK})"),
+        "--data": dict(help=f"{DATA_HELP}; for dpo {', '.join(PAIRS)}, or FILE.jsonl of prompt, chosen, rejected"),
+        "--adapter": dict(help="go on from this trained adapter, merged into the base"),
+        "--out": dict(default=Path("runs/finetune")),
+    },
     "pretrain": {
         "--steps": number(ranges.PRETRAINING_STEPS, "optimizer steps", default=9000),
         "--out": dict(default=Path("runs/base")),
@@ -128,6 +139,7 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
         "--base": dict(default=None, help="a model folder in Llama layout instead; only its config.json is read"),
         "--dtype": dict(choices=SIMULATED_DTYPES, default="bfloat16"),
         "--method": dict(choices=SIMULATED_METHODS),
+        "--objective": dict(choices=SIMULATED_OBJECTIVES, help="dpo: pairs of sequences, reference with adapter off"),
         "--targets": dict(default="q_proj,v_proj"),
         "--batch-size": dict(default=1),
         "--sequence-length": number(ranges.SEQUENCE, "tokens", default=2048),

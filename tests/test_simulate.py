@@ -293,3 +293,19 @@ def test_simulation_leaves_torch_as_it_was():
     simulate(BASE, "full", 1, 8)
     assert torch.get_default_dtype() == torch.float32
     assert type(torch.ones(1)) is torch.Tensor, "a fake tensor came out of an ordinary call"
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_dpo_keeps_no_second_model(method):
+    """Its pairs are twice the rows; the reference, without gradients, adds next to nothing to the peak."""
+    more = dict(sequence_length=64, target_modules="all-linear")
+    pairs = simulate(BASE, method, 2, objective="dpo", **more)
+    rows = simulate(BASE, method, 4, **more)
+    for kind in ("weights", "gradients", "optimizer"):
+        found, expected = getattr(pairs, kind), getattr(rows, kind)
+        assert found == expected, f"{kind} of DPO: those of cross entropy, {expected} bytes, not {found}"
+    assert rows.peak <= pairs.peak < 1.01 * rows.peak, (
+        f"{pairs.peak} bytes of 2 pairs at the peak, {rows.peak} of 4 rows"
+    )
+    with pytest.raises(ValueError, match="unknown objective 'distill'; known: sft, dpo"):
+        simulate(BASE, method, objective="distill")

@@ -20,7 +20,7 @@ from minilora.dtypes import HALF_PRECISION, dtype_name
 from minilora.linear4bit import quantize_model, quantized_layers
 from minilora.model import GPT
 from minilora.quant import QLORA, Quantization
-from minilora.ranges import LORAPLUS_RATIO, VIRTUAL_TOKENS
+from minilora.ranges import BETA, LORAPLUS_RATIO, VIRTUAL_TOKENS
 from minilora.storage.folders import companions_of
 from minilora.storage.models import load_model
 from minilora.text.datasets import Dataset
@@ -44,6 +44,7 @@ LORA_CHANGES: dict[str, dict[str, Any]] = {
 }
 PROMPT_METHODS: dict[str, type[Prompt]] = {"soft-prompt": SoftPrompt, "prefix": PrefixTuning}
 METHODS = ("full", *LORA_CHANGES, *PROMPT_METHODS)
+OBJECTIVES = ("sft", "dpo", "distill")
 DEFAULT_METHODS = ("full", "lora", "qlora")
 EVA_ROWS = 64  # of the training data, whose activations tell where A starts
 
@@ -73,7 +74,7 @@ class BaseFolder:
 @dataclass(frozen=True)
 class Experiment:
     """Everything that decides one run. Raises ValueError for an unknown method, for one that trains weights in half
-    precision, and for virtual tokens or a ratio out of range."""
+    precision, for virtual tokens or a ratio out of range, and for an objective that does not fit the rest."""
 
     base: BaseFolder
     dataset: Dataset
@@ -83,15 +84,39 @@ class Experiment:
     quantization: Quantization = QLORA  # of the base, for qlora and loftq
     virtual_tokens: int = 16  # of soft-prompt and prefix
     loraplus_ratio: float = 16  # B's learning rate over A's
+    objective: str = "sft"
+    beta: float = 0.1  # of dpo
+    teacher: Path | None = None  # of distill: a model or an adapter on the base
+    adapter: Path | None = None  # merged into the base before training begins
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}; known: {', '.join(METHODS)}")
         VIRTUAL_TOKENS.check("virtual_tokens", self.virtual_tokens)
         LORAPLUS_RATIO.check("loraplus_ratio", self.loraplus_ratio)
+        self.check_objective()
         if self.method == "full" and self.base.dtype in HALF_PRECISION:
             fault = f"method full cannot train weights in {dtype_name(self.base.dtype)}: a step far below the weight"
             raise ValueError(f"{fault} rounds away; use float32 weights, which precision bfloat16 makes fast as well")
+
+    def check_objective(self):
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"unknown objective {self.objective!r}; known: {', '.join(OBJECTIVES)}")
+        BETA.check("beta", self.beta)
+        if (self.objective == "distill") != (self.teacher is not None):
+            fault = "distill needs a teacher" if self.teacher is None else f"{self.objective} has no use for a teacher"
+            raise ValueError(f"objective {fault}: --objective distill --teacher DIR, a model or an adapter on the base")
+        if self.objective == "dpo" and self.lora.lora_dropout > 0:
+            fault = f"objective dpo with lora_dropout {self.lora.lora_dropout:g}"
+            raise ValueError(f"{fault}: the reference has none, and the two would differ by noise; dropout must be 0")
+        if self.adapter is not None and self.method in ("qlora", "loftq"):
+            fault = f"method {self.method} rounds the base to 4 bits, and most of what {self.adapter} learned with it"
+            raise ValueError(f"{fault}; go on from an adapter with lora, or merge it and quantize on purpose")
+
+    @property
+    def starts_as_base(self) -> bool:
+        """Whether the model with its adapter switched off is the model as it was when training began."""
+        return self.method in LORA_CHANGES and self.method not in ("loftq", "pissa", "olora")
 
     @property
     def method_settings(self) -> dict:
@@ -115,7 +140,7 @@ def prepare(model: GPT, experiment: Experiment) -> GPT | Prompt:
     Raises ValueError for full fine-tuning of a base in 4 bits, and for all that the method itself refuses.
     """
     method, in_4_bits = experiment.method, bool(quantized_layers(model))
-    input_ids = experiment.dataset.train.input_ids.to(experiment.base.device)  # (N, T)
+    input_ids = experiment.dataset.train.input_ids.flatten(0, -2).to(experiment.base.device)  # (N, T)
     if method == "full":
         if in_4_bits:
             fault = "its codes are whole numbers, which have no gradient and on which a small step rounds away"

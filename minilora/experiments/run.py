@@ -11,9 +11,11 @@ import torch
 
 from minilora.adapters.inject import count_parameters, lora_layers, remove_lora
 from minilora.adapters.prompts import Prompt
+from minilora.experiments.goals import data_of, objective_of, start_from
 from minilora.experiments.methods import BaseFolder, Experiment, finish, prepare, training_options
 from minilora.inference.evaluate import score_task
 from minilora.model import GPT
+from minilora.objectives import preferred
 from minilora.ranges import LEARNING_RATE, STEPS, whole
 from minilora.storage.adapters import save_adapter
 from minilora.storage.config import MODEL_CONFIG, load_config
@@ -159,9 +161,9 @@ class Run:
 
     def save_base(self, directory: Path):
         """Writes the model that the run's adapter acts on. The adapter is taken out: save it before."""
-        assert isinstance(self.model, GPT)
-        remove_lora(self.model)
-        save_model(self.model, directory, self.experiment.base.companions())
+        model = self.model.base_model if isinstance(self.model, Prompt) else self.model
+        remove_lora(model)
+        save_model(model, directory, self.experiment.base.companions())
 
 
 def run(
@@ -177,9 +179,11 @@ def run(
     """
     method, dataset, config = experiment.method, experiment.dataset, experiment.training
     torch.manual_seed(config.seed)  # of the random start of A
+    objective = objective_of(experiment)
     # For qlora the base is quantized while it is read, so that a base which only fits in 4 bits is never in floats.
-    model = prepare(experiment.base.load(experiment.quantization if method == "qlora" else None), experiment)
-    longest, limit = dataset.train.input_ids.shape[1], model.config.max_position_embeddings
+    base = experiment.base.load(experiment.quantization if method == "qlora" else None)
+    model = prepare(base if experiment.adapter is None else start_from(base, experiment.adapter), experiment)
+    longest, limit = dataset.train.input_ids.shape[-1], model.config.max_position_embeddings
     if longest > limit:
         raise ValueError(f"sequences of {longest} tokens exceed the model's {limit}; shorten --sequence-length")
     options = training_options(model, experiment)
@@ -192,16 +196,18 @@ def run(
             watch(model, step)
 
         options["after_step"] = after_step
+    data, validation = data_of(experiment, model)
     history = train(
         model,
-        dataset.train,
+        data,
         config,
-        dataset.validation,
+        validation,
         state_path=state_path,
         resume=resume,
         description=f"{method}, seed {config.seed}",
         progress=progress,
         settings={"method": method, "data": dataset.name, **experiment.method_settings},
+        objective=objective,
         **options,
     )
     return Run(experiment, finish(model, experiment), history)
@@ -212,11 +218,13 @@ def finetune(
 ) -> dict:
     """Trains, saves an adapter or a model under `out`, and returns a summary. A killed run goes on with `resume`.
 
-    LoftQ's adapter fits a base that LoftQ made itself, which is written to `out`/base. `overwrite` replaces a model by
+    LoftQ's adapter fits a base that LoftQ made itself, and what goes on from a trained adapter fits the base with that
+    adapter merged; such a base is written to `out`/base. `overwrite` replaces a model by
     an adapter or an adapter by a model; without it, `out` must not hold the other kind. One run writes `out` at a time.
     """
-    for folder in (out, out / "base"):  # the second is LoftQ's
-        check_apart(folder, base=experiment.base.directory)
+    for folder in (out, out / "base"):
+        sources = dict(base=experiment.base.directory, adapter=experiment.adapter, teacher=experiment.teacher)
+        check_apart(folder, **sources)
     make_folder(out)
     with locked(out, patience=0):
         return _finetune(experiment, out, resume, progress, overwrite)
@@ -229,7 +237,8 @@ def _finetune(experiment: Experiment, out: Path, resume: bool, progress: bool, o
     check_free(out, (*files_of(experiment.method), *companions), overwrite)
     finished = run(experiment, state, resume, progress)
     model, base, dataset = finished.model, experiment.base, experiment.dataset
-    if experiment.method == "loftq":
+    own_base = experiment.method == "loftq" or (experiment.adapter is not None and experiment.method != "full")
+    if own_base:
         vars(model)["name_or_path"] = str((out / "base").resolve())
     size = finished.save(out, overwrite)
     trainable, total = count_parameters(model)
@@ -239,12 +248,14 @@ def _finetune(experiment: Experiment, out: Path, resume: bool, progress: bool, o
         "trainable_parameters": trainable,
         "total_parameters": total,
         "validation_loss": finished.history.validation_loss[-1][1],
-        "loss_floor": dataset.floor,
+        "loss_floor": dataset.floor if experiment.objective == "sft" else None,
         "score": score_task(model, base.tokenizer, dataset.task).score if dataset.task else None,
         "artifact": str(out),
         "artifact_bytes": size,
     }
-    if experiment.method == "loftq":
+    if experiment.objective == "dpo":
+        summary["chosen_likelier"] = preferred(model, dataset.validation, precision=experiment.training.precision)
+    if own_base:
         finished.save_base(out / "base")
         summary["base"] = str(out / "base")
     state.unlink()  # last: killed before this, the run can be resumed

@@ -34,13 +34,15 @@ from minilora.dtypes import DTYPES
 from minilora.linear4bit import Linear4bit, float_linears, quantized_layers, replace_module
 from minilora.memory import KINDS, Bytes, MemoryMeter, format_bytes
 from minilora.model import GPT, GPTConfig
+from minilora.objectives import Preference
 from minilora.quant import QLORA, SCALE_BLOCK, Quantization
 from minilora.ranges import whole
 from minilora.train import make_optimizer, set_gradient_checkpointing, training_step
-from minilora.train_settings import TrainConfig
+from minilora.train_settings import CROSS_ENTROPY, TrainConfig
 
 SIMULATED_METHODS = ("full", "lora", "qlora")  # the others keep much the same bytes as one of these
 SIMULATED_DTYPES = ("bfloat16", "float32")
+SIMULATED_OBJECTIVES = ("sft", "dpo")
 
 
 @dataclass
@@ -98,6 +100,7 @@ def simulate(
     accumulation_steps: int = 1,
     quantization: Quantization = QLORA,
     counted_tokens: int | None = None,
+    objective: str = "sft",
 ) -> MemoryReport:
     """Measures the bytes of one training step of GPT(config), without its memory and without its arithmetic.
 
@@ -106,13 +109,19 @@ def simulate(
     batch_size: sequences per optimizer step; accumulation_steps cuts it, as in TrainConfig.
     counted_tokens: of each sequence, in the loss; logits are made for these alone. None: all but the first, which no
         token predicts.
+    objective: "sft", cross entropy, or "dpo", where a batch has pairs of sequences and the reference is the model with
+        its adapter off, or for method "full" log-probabilities that were computed beforehand.
     dtype: of the weights, "bfloat16" or "float32". autocast: matrix products in bfloat16 whatever the weights are.
 
     Raises ValueError for an unknown preset, method or dtype, a sequence longer than the model's, and all that
     LoRAConfig, apply_lora and TrainConfig refuse.
     """
     name, config = (config, GPTConfig.preset(config)) if isinstance(config, str) else ("GPT", config)
-    for what, value, known in (("method", method, SIMULATED_METHODS), ("dtype", dtype, SIMULATED_DTYPES)):
+    for what, value, known in (
+        ("method", method, SIMULATED_METHODS),
+        ("dtype", dtype, SIMULATED_DTYPES),
+        ("objective", objective, SIMULATED_OBJECTIVES),
+    ):
         if value not in known:
             raise ValueError(f"unknown {what} {value!r}; known: {', '.join(known)}")
     whole(1, config.max_position_embeddings).check("sequence_length", sequence_length)
@@ -129,18 +138,21 @@ def simulate(
             apply_lora(model, lora_config)
         set_gradient_checkpointing(model, gradient_checkpointing)
         optimizer = make_optimizer(model, train_config)
-        ids = torch.zeros(batch_size, sequence_length, dtype=torch.int64)
+        pairs = objective == "dpo"
+        ids = torch.zeros(batch_size, *[2] * pairs, sequence_length, dtype=torch.int64)
+        reference = [torch.zeros(batch_size, 2)] * (pairs and method == "full")
+        goal = Preference() if pairs else CROSS_ENTROPY
         make_optimizer_state(optimizer)
         with MemoryMeter(model, optimizer) as meter:
-            training_step(model, optimizer, ids, ids, train_config, counted)
+            training_step(model, optimizer, ids, ids, train_config, counted, goal, reference)
 
     trainable, total = count_parameters(model)
     targets = target_modules if isinstance(target_modules, str) else ", ".join(target_modules)
     what = "full fine-tuning" if method == "full" else f"{'Q' * (method == 'qlora')}LoRA r={r} on {targets}"
     weights = f"{quantization.scheme} linears, rest {dtype}" if method == "qlora" else f"{dtype} weights"
     options = [weights] + ["autocast"] * autocast + ["checkpointing"] * gradient_checkpointing
-    tokens = f"{sequence_length} tokens" + ("" if counted_tokens is None else f" ({counted} counted)")
-    title = f"{name}, {what}, batch {batch_size} x {tokens}, {', '.join(options)}"
+    tokens = f"{'2 x ' * pairs}{sequence_length} tokens" + ("" if counted_tokens is None else f" ({counted} counted)")
+    title = f"{name}, {what}{', DPO' * pairs}, batch {batch_size} x {tokens}, {', '.join(options)}"
     predicted = predict(model, DTYPES[dtype])
     return MemoryReport(title, trainable, total, **meter.highest, at_peak=meter.peak, predicted=predicted)
 
