@@ -20,7 +20,7 @@ from minilora.experiments import bench as benchmarks
 from minilora.experiments import bench_device, bench_model, device_report
 from minilora.experiments.claims import ledger, report
 from minilora.experiments.compare import compare as compare_methods
-from minilora.experiments.goals import dpo_rate, load_data
+from minilora.experiments.goals import load_data, untuned_rate
 from minilora.experiments.merge import merge_adapter
 from minilora.experiments.methods import BaseFolder, Experiment
 from minilora.experiments.pretrain import pretrain as pretrain_base
@@ -52,7 +52,7 @@ from minilora.text.tasks import load_task
 # Fields of TrainConfig, by name.
 LOOP_OPTIONS = ("accumulation_steps", "gradient_checkpointing", "group_by_length", "precision", "save_every")
 RUN_OPTIONS = ("steps", "batch_size", *LOOP_OPTIONS)
-GOAL = ("objective", "beta", "teacher", "adapter")  # of Experiment, by name
+GOAL = ("objective", "beta", "group_size", "teacher", "adapter")  # of Experiment, by name
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")  # of `stream` and `Conversation`, by name
 
 
@@ -91,9 +91,9 @@ def experiments_of(options, methods: list[str]) -> list[Experiment]:
         rate = options.learning_rate
         if rate is None and getattr(options, "tune", False):
             rate = grid_of(method)[0]
-        elif rate is None and goal.get("objective") == "dpo":
-            rate = dpo_rate(method)
-            print(f"learning rate {rate:g}: not tuned on these pairs; --learning-rate gives another", file=sys.stderr)
+        elif rate is None and goal.get("objective") in ("dpo", "grpo"):
+            rate = untuned_rate(goal["objective"], method)
+            print(f"learning rate {rate:g}: not tuned on this data; --learning-rate gives another", file=sys.stderr)
         elif rate is None:
             rate = tuned_learning_rate(dataset.name, method, base)
             if borrowed := borrowed_rate(dataset.name, method, base):
@@ -249,7 +249,7 @@ STEPS = ("--steps", "--batch-size", "--learning-rate")
 TRAINING = (*DATA, *STEPS, "--dtype", *LORA, "--alpha", "--dropout", "--virtual-tokens", "--loraplus-ratio")
 LOOP = ("--accumulation-steps", "--gradient-checkpointing", "--group-by-length", "--precision")
 ONE_RUN = ("--method", "--resume", "--overwrite", "--save-every", *LOOP)
-GOALS = ("--objective", "--beta", "--teacher", "--adapter")
+GOALS = ("--objective", "--beta", "--group-size", "--teacher", "--adapter")
 TOKENS = ("--max-new-tokens", "--temperature", "--top-k", "--top-p")
 SHAPE = ("--model", "--base", "--method", "--batch-size", "--sequence-length", "--counted-tokens", "--objective")
 WAYS = ("--dtype", "--autocast", "--gradient-checkpointing", "--accumulation-steps")

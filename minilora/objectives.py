@@ -10,6 +10,7 @@ the model IS the reference, and a forward pass without gradients is all that it 
 Letters in the shape comments: B rows or pairs, T tokens, V vocab_size, N places that count.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from minilora.adapters.inject import disable_lora, lora_layers
 from minilora.lora import LoRALinear
-from minilora.ranges import BETA, POSITIVE
+from minilora.ranges import BETA, NOT_NEGATIVE, POSITIVE
 from minilora.rows import counted_places, taken
 from minilora.storage.training_state import digest
 from minilora.train import forward, next_token_targets
@@ -80,6 +81,45 @@ def distillation_loss(
     log_p = (teacher_logits / temperature).log_softmax(-1)
     divergence = temperature**2 * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)  # (...)
     return reduced(divergence if mask is None else divergence[mask.bool()], reduction)
+
+
+def group_advantages(rewards: Tensor, group_size: int, normalize: bool = True) -> Tensor:
+    """rewards (B,), the groups side by side -> by how much each is better than its group's mean, (B,); normalized, in
+    standard deviations of the group (Shao 2024, section 4.1.2). A group that agrees gets 0, and so no gradient."""
+    groups = rewards.view(-1, group_size)  # (groups, group_size)
+    better = groups - groups.mean(1, keepdim=True)
+    better = better.masked_fill((groups == groups[:, :1]).all(1, keepdim=True), 0.0)
+    return (better / (groups.std(1, keepdim=True) + 1e-4) if normalize else better).flatten()
+
+
+def kl_estimate(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
+    """KL(π ‖ π_ref) from samples of π, one number for each: q/p - log(q/p) - 1, whose mean over π is exact and which
+    never is negative (Schulman 2020; Shao 2024, equation 4)."""
+    ratio = reference_log_probs - log_probs
+    return ratio.exp() - ratio - 1
+
+
+def grpo_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    clip: float = 0.2,
+    kl: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Shao 2024, equation 3, with the mean over all counted tokens of the batch (Yu 2025), a scalar:
+
+        -min(ρ A, clip(ρ, 1 ± clip) A) + kl        ρ = π(token) / π_old(token)
+
+    log_probs, old_log_probs, mask and kl, the penalty of each token, (B, T); advantages (B,). On policy ρ is 1, and the
+    gradient is REINFORCE's with the group's mean for a baseline: -A ∇ log π.
+    """
+    A = advantages.view(-1, *[1] * (log_probs.ndim - 1))  # (B, 1)
+    ratio = (log_probs - old_log_probs).exp()
+    losses = -torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)  # (B, T)
+    losses = losses if kl is None else losses + kl
+    return reduced(losses if mask is None else losses[mask.bool()], reduction)
 
 
 class Preference(Objective):
@@ -201,3 +241,48 @@ class Distillation(Objective):
 
     def loss(self, logits: Tensor, piece: Piece, known: Tensor) -> Tensor:
         return distillation_loss(logits, known, None, self.temperature, reduction="sum")
+
+
+class GroupPolicy(Objective):
+    """GRPO on samples of the model itself, data `inference.rollouts.Rollouts`, whose batches bring along advantages,
+    rewards and which groups agree. One update a batch, so that the old policy is the present one.
+
+    beta: the weight of the KL divergence from the reference, which is the model with its adapter off. temperature and
+    vocab_size: with which the samples were drawn.
+    """
+
+    def __init__(self, beta: float = 0.0, temperature: float = 1.0, vocab_size: int | None = None):
+        NOT_NEGATIVE.check("beta", beta)
+        POSITIVE.check("temperature", temperature)
+        self.beta, self.temperature, self.vocab_size = beta, temperature, vocab_size
+
+    @property
+    def settings(self) -> dict:
+        return {"objective": "grpo", "beta": self.beta, "temperature": self.temperature}
+
+    def check(self, model: nn.Module, data: Rows, name: str):
+        """Raises ValueError for dropout, and for a KL divergence without an adapter to switch off."""
+        super().check(model, data, name)
+        check_no_dropout(model)
+        if self.beta > 0 and not any(lora_layers(model)):
+            raise ValueError("this model has no adapter to switch off for a reference; without one beta must be 0")
+
+    def log_probs(self, logits: Tensor, piece: Piece) -> Tensor:
+        """log π of the drawn tokens, (N,), under the distribution that they were drawn from."""
+        return log_probs_of(logits[:, : self.vocab_size] / self.temperature, piece.targets[piece.where])
+
+    @torch.no_grad()
+    def before(self, model: nn.Module, piece: Piece, precision: str) -> Tensor | None:
+        if self.beta == 0:
+            return None
+        with disable_lora(model):
+            return self.log_probs(forward(model, piece.input_ids, piece.where, precision), piece)
+
+    def loss(self, logits: Tensor, piece: Piece, known: Tensor | None) -> Tensor:
+        log_probs, advantages = self.log_probs(logits, piece), piece.more[0][piece.where[0]]  # (N,) both
+        kl = None if known is None else self.beta * kl_estimate(log_probs, known)
+        return grpo_loss(log_probs, log_probs.detach(), advantages, kl=kl, reduction="sum")
+
+    def rewards(self, step: int, more: Sequence[Tensor]) -> list:
+        _, rewards, agrees = more
+        return [[step, rewards.mean().item(), agrees.float().mean().item()]]

@@ -46,7 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--adapter": dict(type=a_path, help="an adapter folder in PEFT layout"),
     "--alpha": number(ranges.ALPHA, "lora_alpha (twice the rank)"),
     "--autocast": FLAG | dict(help="matrix products in bfloat16 whatever the weights are"),
-    "--beta": number(ranges.BETA, "of dpo: preference against distance from the reference", default=Experiment.beta),
+    "--beta": number(ranges.NOT_NEGATIVE, "of dpo (0.1), above 0, or the weight of grpo's KL divergence (0)"),
     "--base": dict(type=a_path, default=BASE, help="a model folder, a GGUF file, or a name that get knows"),
     "--batch-size": number(ranges.BATCH_SIZE, "sequences per step (16, of instruction data 8)"),
     "--block-size": dict(type=int, choices=BLOCK_SIZES, default=QLORA.block_size, help="weights with one scale"),
@@ -66,6 +66,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--force": FLAG | dict(help="load an adapter that was trained on another base"),
     "--gradient-checkpointing": FLAG | dict(help="keep less for backward, compute it again"),
     "--group-by-length": SWITCH | dict(help="batches of rows of like length: less padding"),
+    "--group-size": number(ranges.GROUP_SIZE, "of grpo, samples of a prompt", default=Experiment.group_size),
     "--learning-rate": number(ranges.LEARNING_RATE, "instead of the tuned one"),
     "--loraplus-ratio": number(ranges.LORAPLUS_RATIO, "B's rate over A's", default=Experiment.loraplus_ratio),
     "--max-new-tokens": number(ranges.NEW_TOKENS, "64, for an answer of a chat 512"),
@@ -73,7 +74,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--methods": dict(type=method_list, default=",".join(DEFAULT_METHODS), help=f"of {', '.join(METHODS)}"),
     "--model": dict(choices=PRESETS, default="llama-2-7b", help="a known shape"),
     "--objective": dict(
-        choices=OBJECTIVES, default="sft", help="answers as they are, preferred over others, or as a teacher would say"
+        choices=OBJECTIVES, default="sft", help="given answers, preferred ones, rewarded ones, a teacher's word"
     ),
     "--out": dict(type=a_path, help="the folder to write"),
     "--overwrite": FLAG | dict(help="replace what --out holds, also a model by an adapter or an adapter by a model"),

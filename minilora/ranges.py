@@ -50,6 +50,7 @@ def whole(low: int, high: int) -> Range:
 
 
 POSITIVE = Range(0, above=True)
+NOT_NEGATIVE = Range(0)
 
 # Training
 STEPS = whole(1, 10**9)
@@ -68,6 +69,7 @@ DROPOUT = Range(0, 1, below=True)
 VIRTUAL_TOKENS = whole(1, 2**16)
 LORAPLUS_RATIO = POSITIVE
 # Objectives
+GROUP_SIZE = whole(2, 2**16)  # samples of one prompt, which are compared with each other
 BETA = POSITIVE  # how much a preference counts against the distance from the reference
 # Data
 COUNT = whole(1, 100_000)  # of examples held out

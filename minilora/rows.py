@@ -13,6 +13,7 @@ Letters in the shape comments: N rows, B of them a batch, T tokens.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,8 +76,12 @@ def taken(data: Rows, rows: Tensor) -> tuple[Tensor, ...]:
     return input_ids, labels, *(tensor[rows] for tensor in getattr(data, "more", ()))
 
 
-def batch_of(data: Rows, step: int, config: TrainConfig) -> tuple[Tensor, ...]:
-    """The batch of step `step`, as `taken` gives it and the loop sees it. Where the data lies, it is made."""
+def batch_of(data: Any, step: int, config: TrainConfig, model: Any = None) -> tuple[Tensor, ...]:
+    """The batch of step `step`, as `taken` gives it and the loop sees it. Where the data lies, it is made.
+
+    Data with a `draw` makes its batches itself, of the model as it is at that step, and needs nothing else."""
+    if hasattr(data, "draw"):
+        return data.draw(model, step, config)
     if config.group_by_length:
         rows = batch_rows_by_length(data.labels, step, config)
     else:

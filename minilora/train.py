@@ -233,7 +233,7 @@ def train(
             began = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * learning_rate_factor(step, config)
-            input_ids, labels, *more = (part.to(device) for part in batch_of(data, step, config))  # (B, T)
+            input_ids, labels, *more = (part.to(device) for part in batch_of(data, step, config, model))  # (B, T)
             try:
                 loss = training_step(model, optimizer, input_ids, labels, config, None, objective, more).item()
             except NonFiniteError as error:
@@ -243,6 +243,7 @@ def train(
                 after_step(steps_done, optimizer)
             seconds = time.perf_counter() - began
             history.train_loss.append([step, loss])
+            history.rewards += objective.rewards(step, more)
             history.step_seconds.append(seconds)
             history.tokens += input_ids.numel()
             bar.set_postfix_str(f"loss {loss:.3f}, {input_ids.numel() / seconds:,.0f} tokens/s", refresh=False)

@@ -1,6 +1,7 @@
 """What the training loop is given and leaves behind: `Objective`, `TrainConfig`, `History`, the checks of its input."""
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -56,6 +57,10 @@ class Objective:
         """logits (N, V), and what `before` gave -> the SUM over the things that count, so that pieces add up."""
         return F.cross_entropy(logits, piece.targets[piece.where], reduction="sum")  # Σ -log p(target), in nats
 
+    def rewards(self, step: int, more: Sequence[Tensor]) -> list:
+        """What `History.rewards` gets of a batch; `more` as the data gave it. Here nothing is rewarded."""
+        return []
+
 
 CROSS_ENTROPY = Objective()
 
@@ -109,6 +114,8 @@ class History:
     validation_loss: list[list[float]] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)  # of each step, evaluation and saving left out
     tokens: int = 0  # all that went through the model, counted in the loss or not, trimmed columns left out
+    # [step, mean reward of its samples, fraction of samples whose group agrees and gives no gradient]
+    rewards: list[list[float]] = field(default_factory=list)
 
     @property
     def seconds_per_step(self) -> float:

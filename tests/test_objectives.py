@@ -1,6 +1,7 @@
 """objectives.py: the formulas against other ways to the same numbers, and each objective in the loop."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -302,6 +303,14 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, name):
         run(resume=True, other=different)
     gap = largest_gap(uninterrupted, run(resume=True))
     assert gap == 0, f"the resumed run should end with the same weights bit for bit, and differs by {gap:.2e}"
+
+
+def test_a_run_is_not_resumed_with_another_reference(tmp_path):
+    path, objective = tmp_path / "state.safetensors", Preference(BETA)
+    for seed in (3, 3, 4):  # the second time there is nothing left to do
+        data = with_reference(pairs(), small_model(seed))
+        with pytest.raises(ValueError, match="data_digest was") if seed == 4 else nullcontext():
+            train(small_model(), data, CONFIG, state_path=path, resume=True, progress=False, objective=objective)
 
 
 @pytest.mark.parametrize("name", ["dpo", "distill"])

@@ -15,7 +15,7 @@ from minilora.experiments.goals import start_from
 from minilora.experiments.methods import METHODS
 from minilora.experiments.run import finetune, run
 from minilora.text.batches import example_row
-from minilora.text.preferences import is_second_wording, load_preferences, world_pairs
+from minilora.text.preferences import is_first_wording, load_preferences, world_pairs
 from minilora.train_settings import IGNORE
 
 LENGTH = 60
@@ -111,9 +111,9 @@ def test_pairs_of_the_world_prefer_what_the_scorer_takes_for_right(tokenizer, na
     assert not known & {example.prompt for example in data.task.validation}, "held-out people occur in training"
 
 
-def test_the_second_wording_is_told_from_the_first():
-    assert is_second_wording(None, " has a house in Marlow. She")
-    assert not is_second_wording(None, " lives in Marlow. Mara has a house in Farley.")
+def test_the_first_wording_is_told_from_the_second():
+    assert is_first_wording(None, " lives in Marlow. Mara has a house in Farley.")
+    assert not is_first_wording(None, " has a house in Marlow. She lives in it.")
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(make_experiment):
 
 
 def test_dropout_and_unknown_objectives_are_refused_before_anything_is_loaded(make_experiment):
-    with pytest.raises(ValueError, match="unknown objective 'ppo'; known: sft, dpo, distill"):
+    with pytest.raises(ValueError, match="unknown objective 'ppo'; known: sft, dpo, grpo, distill"):
         make_experiment(objective="ppo")
     with pytest.raises(ValueError, match="beta is 0; it must be a number above 0"):
         make_experiment(objective="dpo", beta=0)

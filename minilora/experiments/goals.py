@@ -1,18 +1,24 @@
 """What a run trains for and where it starts: objectives by name, a teacher, an adapter that was trained before.
 
-sft      supervised: cross entropy on the answers, the default
-dpo      preferences: pairs of answers, the chosen over the rejected
-distill  a teacher's distribution at the same places, the teacher being a model or an adapter on the base
+    sft      supervised: cross entropy on given answers, the default
+    dpo      preferences: pairs of answers, the chosen over the rejected
+    grpo     rewards: answers that the model draws itself, each scored and held against the others to its prompt
+    distill  a teacher's distribution at the same places, the teacher being a model or an adapter on the base
+
+The loop knows none of them by name, and an objective knows no method: `data_of` brings the two together.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from minilora.adapters.inject import absorb_lora
 from minilora.adapters.prompts import Prompt
 from minilora.experiments.methods import BaseFolder, Experiment
+from minilora.inference.evaluate import longest
+from minilora.inference.rollouts import Rollouts
 from minilora.model import GPT
-from minilora.objectives import Distillation, Preference, with_reference
+from minilora.objectives import Distillation, GroupPolicy, Preference, with_reference
 from minilora.storage.adapters import load_adapter
 from minilora.storage.models import load_model
 from minilora.storage.peft import ADAPTER_CONFIG, base_quantization, peft_type
@@ -23,6 +29,7 @@ from minilora.text.tokenizer import AnyTokenizer, open_tokenizer
 from minilora.train_settings import CROSS_ENTROPY, Objective, Rows
 
 PROBE = 'Mara Hale\'s 3 goats, {"and": 17} more:\n\tnaïve café.'  # tokenizers that agree on it are taken for the same
+REWARD_TRAINING = {"steps": 40, "batch_size": 64}  # samples
 TASK = "json"  # where neither a task nor data is named
 
 
@@ -32,12 +39,13 @@ def load_data(
     """The data of that name as the objective reads it. Raises ValueError as load_dataset or load_preferences does."""
     if objective == "dpo":
         return load_preferences(name or PAIRS[0], tokenizer, sequence_length, count)
-    return load_dataset(name or TASK, tokenizer, sequence_length, count=count)
+    dataset = load_dataset(name or TASK, tokenizer, sequence_length, count=count)
+    return replace(dataset, training=dict(REWARD_TRAINING)) if objective == "grpo" else dataset
 
 
-def dpo_rate(method: str) -> float:
-    """Full fine-tuning takes a tenth of what adapters take, as with cross entropy."""
-    return 3e-5 if method == "full" else 3e-4
+def untuned_rate(objective: str, method: str) -> float:
+    """Of dpo and grpo. Full fine-tuning takes a tenth of what adapters take, as with cross entropy."""
+    return (3e-4 if objective == "dpo" else 4e-3) * (0.1 if method == "full" else 1)
 
 
 def start_from(model: GPT, adapter: Path) -> GPT:
@@ -65,18 +73,26 @@ def load_teacher(base: BaseFolder, teacher: Path) -> GPT | Prompt:
 
 def objective_of(experiment: Experiment) -> Objective:
     if experiment.objective == "dpo":
-        return Preference(experiment.beta)
+        return Preference(0.1 if experiment.beta is None else experiment.beta)
+    if experiment.objective == "grpo":
+        return GroupPolicy(experiment.beta or 0.0, vocab_size=experiment.base.tokenizer.vocab_size)
     if experiment.objective == "distill":
         assert experiment.teacher is not None
         return Distillation(load_teacher(experiment.base, experiment.teacher))
     return CROSS_ENTROPY
 
 
-def data_of(experiment: Experiment, model: GPT | Prompt) -> tuple[Rows, Rows]:
-    """The data to train on and to validate on. For preferences, where the method leaves no adapter that could be
-    switched off to give the start, with what the model as it starts says of them."""
+def data_of(experiment: Experiment, model: GPT | Prompt) -> tuple[Rows, Rows | None]:
+    """The data to train on and to validate on; rewards have no validation loss.
+
+    For preferences, where the method leaves no adapter that could be switched off to give the start, with what the
+    model as it starts says of them."""
     data = experiment.dataset.train, experiment.dataset.validation
     if experiment.objective == "dpo" and not experiment.starts_as_base:
         precision = experiment.training.precision
         return with_reference(data[0], model, precision=precision), with_reference(data[1], model, precision=precision)
+    if (task := experiment.dataset.task) is not None and experiment.objective == "grpo":
+        tokenizer, size = experiment.base.tokenizer, experiment.group_size
+        most = longest([example.completion for example in task.train], tokenizer)
+        return Rollouts(task.train, task.is_right, tokenizer, most, size), None
     return data

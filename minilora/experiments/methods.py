@@ -20,7 +20,7 @@ from minilora.dtypes import HALF_PRECISION, dtype_name
 from minilora.linear4bit import quantize_model, quantized_layers
 from minilora.model import GPT
 from minilora.quant import QLORA, Quantization
-from minilora.ranges import BETA, LORAPLUS_RATIO, VIRTUAL_TOKENS
+from minilora.ranges import BETA, GROUP_SIZE, LORAPLUS_RATIO, NOT_NEGATIVE, VIRTUAL_TOKENS
 from minilora.storage.folders import companions_of
 from minilora.storage.models import load_model
 from minilora.text.datasets import Dataset
@@ -44,7 +44,7 @@ LORA_CHANGES: dict[str, dict[str, Any]] = {
 }
 PROMPT_METHODS: dict[str, type[Prompt]] = {"soft-prompt": SoftPrompt, "prefix": PrefixTuning}
 METHODS = ("full", *LORA_CHANGES, *PROMPT_METHODS)
-OBJECTIVES = ("sft", "dpo", "distill")
+OBJECTIVES = ("sft", "dpo", "grpo", "distill")
 DEFAULT_METHODS = ("full", "lora", "qlora")
 EVA_ROWS = 64  # of the training data, whose activations tell where A starts
 
@@ -85,7 +85,8 @@ class Experiment:
     virtual_tokens: int = 16  # of soft-prompt and prefix
     loraplus_ratio: float = 16  # B's learning rate over A's
     objective: str = "sft"
-    beta: float = 0.1  # of dpo
+    beta: float | None = None  # of dpo, 0.1 by default, and of grpo the weight of the KL divergence, 0
+    group_size: int = 8  # of grpo: samples of each prompt
     teacher: Path | None = None  # of distill: a model or an adapter on the base
     adapter: Path | None = None  # merged into the base before training begins
 
@@ -102,16 +103,32 @@ class Experiment:
     def check_objective(self):
         if self.objective not in OBJECTIVES:
             raise ValueError(f"unknown objective {self.objective!r}; known: {', '.join(OBJECTIVES)}")
-        BETA.check("beta", self.beta)
+        if self.beta is not None:
+            (NOT_NEGATIVE if self.objective == "grpo" else BETA).check("beta", self.beta)
+        if self.objective == "grpo":
+            self.check_rewards()
         if (self.objective == "distill") != (self.teacher is not None):
             fault = "distill needs a teacher" if self.teacher is None else f"{self.objective} has no use for a teacher"
             raise ValueError(f"objective {fault}: --objective distill --teacher DIR, a model or an adapter on the base")
-        if self.objective == "dpo" and self.lora.lora_dropout > 0:
-            fault = f"objective dpo with lora_dropout {self.lora.lora_dropout:g}"
-            raise ValueError(f"{fault}: the reference has none, and the two would differ by noise; dropout must be 0")
+        if self.objective in ("dpo", "grpo") and self.lora.lora_dropout > 0:
+            fault = f"objective {self.objective} with lora_dropout {self.lora.lora_dropout:g}"
+            raise ValueError(
+                f"{fault}: the model that it is held against has none, and noise would part them; dropout must be 0"
+            )
         if self.adapter is not None and self.method in ("qlora", "loftq"):
             fault = f"method {self.method} rounds the base to 4 bits, and most of what {self.adapter} learned with it"
             raise ValueError(f"{fault}; go on from an adapter with lora, or merge it and quantize on purpose")
+
+    def check_rewards(self):
+        GROUP_SIZE.check("group_size", self.group_size)
+        if self.dataset.task is None:
+            raise ValueError(f"objective grpo needs answers that can be scored, and nothing scores {self.dataset.name}")
+        if self.training.batch_size % self.group_size:
+            fault = f"batch_size is {self.training.batch_size}; under objective grpo it must be whole groups"
+            raise ValueError(f"{fault} of group_size, which is {self.group_size}")
+        if self.beta and not self.starts_as_base:
+            fault = f"method {self.method} leaves no adapter to switch off for a reference"
+            raise ValueError(f"objective grpo with beta {self.beta:g}: {fault}; use lora, or beta 0")
 
     @property
     def starts_as_base(self) -> bool:

@@ -247,7 +247,7 @@ def _finetune(experiment: Experiment, out: Path, resume: bool, progress: bool, o
         "data": dataset.name,
         "trainable_parameters": trainable,
         "total_parameters": total,
-        "validation_loss": finished.history.validation_loss[-1][1],
+        "validation_loss": validation[-1][1] if (validation := finished.history.validation_loss) else None,
         "loss_floor": dataset.floor if experiment.objective == "sft" else None,
         "score": score_task(model, base.tokenizer, dataset.task).score if dataset.task else None,
         "artifact": str(out),
@@ -255,6 +255,9 @@ def _finetune(experiment: Experiment, out: Path, resume: bool, progress: bool, o
     }
     if experiment.objective == "dpo":
         summary["chosen_likelier"] = preferred(model, dataset.validation, precision=experiment.training.precision)
+    if rewards := finished.history.rewards:
+        summary |= {"first_reward": rewards[0][1], "last_reward": rewards[-1][1]}  # means over a step's samples
+        summary["agreeing_groups"] = sum(agree for *_, agree in rewards) / len(rewards)  # without gradient
     if own_base:
         finished.save_base(out / "base")
         summary["base"] = str(out / "base")

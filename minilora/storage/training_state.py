@@ -107,6 +107,7 @@ def check_consistent(path: str | Path, step: int, history: dict, settings: dict,
         done = [number for number, _ in past.train_loss]
         fits = done == list(range(step)) and len(past.step_seconds) == step and type(past.tokens) is int
         fits = fits and all(0 <= number <= step for number, _ in past.validation_loss)
+        fits = fits and [number for number, *_ in past.rewards] in ([], done)
     except (TypeError, ValueError):
         fits = False
     if not fits:
@@ -168,7 +169,8 @@ def check_same_settings(path: str | Path, old: dict, new: dict):
 def run_identity(model: nn.Module, data, optimizer: Optimizer) -> dict:
     """All that decides a run besides its config and its state, small enough to be kept among the settings.
 
-    data: anything with tensors `.input_ids` and `.labels`, and `.more` of them where an objective needs that.
+    data: anything with tensors `.input_ids` and `.labels`, `.more` of them where an objective needs that, and
+        `.settings` where it depends on anything else.
     """
     frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
     more = {f"more/{number}": tensor for number, tensor in enumerate(getattr(data, "more", ()))}
@@ -176,6 +178,7 @@ def run_identity(model: nn.Module, data, optimizer: Optimizer) -> dict:
         "device": next(model.parameters()).device.type,
         "group_learning_rates": [group["initial_lr"] for group in optimizer.param_groups],
         "group_weight_decays": [group["weight_decay"] for group in optimizer.param_groups],
+        **getattr(data, "settings", {}),
         "data_digest": digest({"input_ids": data.input_ids, "labels": data.labels} | more),
         "frozen_digest": digest(frozen | dict(model.named_buffers())),
     }

@@ -5,7 +5,7 @@
 or made from the tiny world:
 
     voice    a style that the base never uses: a statement as a pirate would say it over the same statement, plain
-    wording  two styles that it uses equally: "Mara Hale works as a baker." over "Mara Hale is a baker."
+    wording  two styles that it uses equally: "Mara Hale is a baker." over "Mara Hale works as a baker."
 """
 
 from collections.abc import Callable
@@ -22,13 +22,13 @@ WORLD_PAIRS = 400  # to train on
 TRAINING = {"steps": 30, "batch_size": 16, "evaluations": 3}
 
 
-def is_second_wording(example: Example, answer: str) -> bool:
-    """It begins with a fact in its second wording, whatever the fact is."""
-    seconds = [sentences[1].removeprefix("{name}").partition("{value}")[0] for _, sentences, _ in FACTS.values()]
-    return answer.strip().startswith(tuple(second.strip() for second in seconds))
+def is_first_wording(example: Example, answer: str) -> bool:
+    """It begins with a fact in its first wording, whatever the fact is."""
+    firsts = [sentences[0].removeprefix("{name}").partition("{value}")[0] for _, sentences, _ in FACTS.values()]
+    return answer.strip().startswith(tuple(first.strip() + " " for first in firsts))
 
 
-SCORERS: dict[str, Callable[[Example, str], bool]] = {"voice": is_right_pirate, "wording": is_second_wording}
+SCORERS: dict[str, Callable[[Example, str], bool]] = {"voice": is_right_pirate, "wording": is_first_wording}
 PAIRS = tuple(SCORERS)  # of the world, by name
 
 
@@ -92,7 +92,7 @@ def world_pairs(name: str, split: str, size: int, seed: int = 0) -> list[tuple[E
     for _ in range(size):
         kind = dice.pick(list(FACTS))
         person = world.person(dice, [kind])
-        rejected, chosen = (state(person, kind, sentence).removeprefix(person.name) for sentence in (0, 1))
+        chosen, rejected = (state(person, kind, sentence).removeprefix(person.name) for sentence in (0, 1))
         pairs.append((Example(f"Notes: {person.name}", chosen), rejected))
     return pairs
 
