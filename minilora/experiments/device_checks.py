@@ -31,7 +31,8 @@ from minilora.linear4bit import Linear4bit
 from minilora.lora import LoRALinear
 from minilora.model import GPT, Attention, GPTConfig, KVCache, attention_mask, rotary_cos_sin
 from minilora.quant import dequantize, quantize
-from minilora.train import counted_places, forward, next_token_targets, set_gradient_checkpointing
+from minilora.rows import counted_places
+from minilora.train import forward, next_token_targets, set_gradient_checkpointing
 
 Pairs = dict[str, tuple[Tensor, Tensor]]  # by name, what the fast path gives and what is right
 LIMITS = {torch.float32: 3e-5, torch.bfloat16: 5e-2}  # 250 roundings, and 13; products in TF32 are off by 3e-4
