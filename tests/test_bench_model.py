@@ -14,7 +14,8 @@ from minilora.experiments.bench import BenchSettings
 from minilora.experiments.bench_model import FORMATS, english_rows, format_model_bench, resident_set, run_model_bench
 from minilora.experiments.bench_ratios import LossOfAllLogits, ModelBenchSettings
 from minilora.linear4bit import quantize_model
-from minilora.train import counted_places, evaluate_loss, next_token_targets
+from minilora.rows import counted_places
+from minilora.train import evaluate_loss, next_token_targets
 
 OURS = {  # by claim, the bar
     "step, LoRA q_proj, v_proj over full": None,

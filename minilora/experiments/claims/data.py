@@ -52,8 +52,6 @@ LONG = Study(
         "lora many 0%": arm_of("lora", SIZES["many"], 0, "lora many 30%"),
         "lora many 30%": arm_of("lora", SIZES["many"], 30),
         "lora many 50%": arm_of("lora", SIZES["many"], 50, "lora many 30%"),
-        "full many 0%": arm_of("full", SIZES["many"], 0, "full many 30%"),
-        "full many 30%": arm_of("full", SIZES["many"], 30),
         **BASE,
     },
     {"tiny": Plan("towns", steps=600, seeds=3, minutes=0.9, settings=SETTINGS)},
@@ -170,7 +168,7 @@ CLAIMS = [
         "LoRA is hurt less by wrong labels than full fine-tuning.",
         "Biderman et al. 2024, arXiv:2405.09673, who find that LoRA regularizes more",
         robust(30, 5),
-        ALL,
+        BOTH,
         "a method that learns more slowly has less time to learn the noise, and less to learn the task",
     ),
     Claim(
