@@ -49,7 +49,8 @@ def frontier(title: str, runs: Runs) -> Figure:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.invert_xaxis()
     axes.set_yscale("symlog", linthresh=0.1)
-    axes.set_ylim(min(1.3 * min(min(line.get_ydata()) for line in axes.lines), -0.02))
+    heights = [height for line in axes.lines for height in line.get_ydata()]
+    axes.set_ylim(min(1.3 * min(heights), -0.02), 1.3 * max(heights))
     axes.set_yticks([tick for tick in (-1, -0.3, -0.1, 0, 0.1, 0.3, 1, 3, 10) if within(axes.get_ylim(), tick)])
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())

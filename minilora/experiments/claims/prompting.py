@@ -80,7 +80,7 @@ def four_tasks(runs_of: Mapping[str, Mapping[str, Mapping[int, Record]]]) -> Fig
     for axes in panels[::2]:
         axes.set_ylabel("right answers (%)")
     for axes in panels[2:]:
-        axes.set_xlabel("tokens for one answer, prompt and all")
+        axes.set_xlabel("tokens, prompt and answer")
     every = {label: drawn for axes in panels for drawn, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     order = [arm for arm in LOOKS if arm in every]
     figure.legend([every[arm] for arm in order], order, **LEGEND, loc="outside right upper")
