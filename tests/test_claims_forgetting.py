@@ -138,6 +138,15 @@ def test_a_run_is_measured_along_its_way_and_without_its_adapter(small):
     assert set(forgetting_runs.measure(replace(small, seed=1000))) == {"best_validation_loss", "validation_loss"}
 
 
+def test_half_of_the_update_answers_at_half_of_every_scaling(small, monkeypatch):
+    def scalings(model, *rest):
+        return SimpleNamespace(score=[layer.scaling for _, layer in lora_layers(model)])
+
+    monkeypatch.setattr(forgetting_runs, "score_task", scalings)
+    scores = forgetting_runs.measure(replace(small, arm=forgetting.ARMS["r=8 halved"]))["scores"]
+    assert scores["task"] and scores["task, halved"] == [scaling / 2 for scaling in scores["task"]]
+
+
 def test_a_scaled_update_goes_from_the_base_to_the_model_and_back(small, base):
     data, old = small.dataset(), forgetting_runs.old_of(base, False)
     model = small.train(data, evaluations=1).model
