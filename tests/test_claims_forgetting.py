@@ -174,12 +174,16 @@ def test_the_base_has_mastered_what_is_measured(base):
         assert evaluate_loss(model, rows[name], 16) < 0.01, f"{name}: the base should know these by a hair"
 
 
-def test_what_is_mixed_in_is_about_other_people_than_what_is_measured(base):
+def test_what_is_mixed_in_is_about_other_people_than_what_is_measured_but_for_the_residents(base):
     texts = [base.tokenizer.decode(ids) for ids in old_text.world_replay(base.tokenizer, 60)]
     people = [text.split()[1:3] for text in texts if text.startswith("Notes:")]
     assert len(people) > 10 and not any(World.is_validation(first, surname) for first, surname in people)
     measured = base.tokenizer.decode(old_text.world_text(base.tokenizer, 2)["notes"].input_ids[0].tolist())
     assert World.is_validation(*measured.split()[1:3])
+    by_heart = old_text.world_text(base.tokenizer, 24)["answer by heart"].input_ids
+    asked = [base.tokenizer.decode(row.tolist()).partition("\n<")[0].strip() for row in by_heart]
+    mixed = "\n".join(base.tokenizer.decode(ids) for ids in old_text.world_replay(base.tokenizer, 222))
+    assert sum(question in mixed for question in asked) == 11, "as the objection to forget-replay says"
 
 
 def test_prose_is_measured_in_other_words_than_are_mixed_in(base):
@@ -194,7 +198,10 @@ def test_questions_have_an_answer_in_words_or_figures():
     assert len(old_text.QUESTIONS) == 30 and all(question.endswith("?") for question in old_text.QUESTIONS)
     assert old_text.is_answered("What is the capital of France?", "It is Paris.")
     assert old_text.is_answered("How many days are in a week?", "There are 7 days.")
+    assert old_text.is_answered("Which animal says meow?", "Cats do.")
     assert not old_text.is_answered("What is the capital of France?", "I do not know.")
+    for question, said in (("Which animal says meow?", "It is located"), ("How many days are in a week?", "17 days")):
+        assert not old_text.is_answered(question, said), f"{said}: a part of a word is not the word"
 
 
 def test_commands_are_new_combinations_of_words_that_were_shown():

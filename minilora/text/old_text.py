@@ -1,10 +1,12 @@
 """Text and questions that a base has mastered and that no task here asks for: what fine-tuning may make it forget.
 
-Each function gives rows by kind. The texts are fixed; `world_replay` and `english_replay` are of the same kinds, and no
-document of theirs is in what is measured.
+Each function gives rows by kind. The texts are fixed. `world_replay` and `english_replay` are of the same kinds, to be
+mixed in, and no document or paragraph of theirs is measured. But both sides ask about the world's forty residents, so
+some single questions stand in both.
 """
 
 import random
+import re
 from pydoc_data.topics import topics
 
 from minilora.text.batches import Batches, cut, examples, pack
@@ -36,7 +38,11 @@ def world_text(tokenizer: AnyTokenizer, count: int = 24) -> dict[str, Batches]:
 
 
 def world_replay(tokenizer: AnyTokenizer, count: int) -> list[list[int]]:
-    """Documents of all kinds as the base saw them in training, about other people than those of `world_text`."""
+    """Documents of all kinds as the base saw them in training.
+
+    Stories and notes are about other people than those of `world_text`, residents are the same: of 222 documents, 11 of
+    the 24 answers by heart that `world_text` measures stand in one.
+    """
     return [tokenizer.encode(document.text) for document in World("train").documents(count, "replay")]
 
 
@@ -107,6 +113,9 @@ NUMERALS = dict(zip(listed("seven twelve eight"), listed("7 12 8"), strict=True)
 
 
 def is_answered(question: str, answer: str) -> bool:
-    """Whether the word is said, or the number in figures."""
-    word, said = QUESTIONS[question], answer.lower()
-    return word in said or NUMERALS.get(word, word) in said
+    """Whether the word is said, in the plural too, or the number in figures.
+
+    Stored scores named `questions` also counted parts of words, "located" for a cat: scored anew, they can be lower.
+    """
+    word = QUESTIONS[question]
+    return re.search(rf"\b({word}|{NUMERALS.get(word, word)})s?\b", answer.lower()) is not None
