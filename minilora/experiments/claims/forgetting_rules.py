@@ -53,14 +53,16 @@ def at_equal_loss(runs: Mapping[str, Record], arms: Names, than: Names) -> float
 
 def forgets_less(arms: str | Names, than: str | Names, bar: float = 20) -> Rule:
     arms, than = ((side,) if isinstance(side, str) else side for side in (arms, than))
-    words = f"forgotten by {' or '.join(arms)} below what {' or '.join(than)} forgets, percent of the larger, at the "
-    words += "lowest task loss that both reach along their runs, paired by seed"
+    words = f"how much less {' or '.join(arms)} forgets than {' or '.join(than)}, percent of the larger, at the lowest "
+    words += "task loss that both sides reach along their runs, paired by seed"
+    if len(arms) + len(than) > 2:
+        words += "; of each side the arm that forgets least there"
     return Rule((*arms, *than), words, lambda runs: at_equal_loss(runs, arms, than), bar)
 
 
 def ends_less(arm: str, than: str, bar: float = 20) -> Rule:
     """The base is measured beside them."""
-    words = f"forgotten by {arm} below what {than} forgets, percent of the larger, after the last step, paired by seed"
+    words = f"how much less {arm} has forgotten than {than} after the last step, percent of the larger, paired by seed"
     return Rule((arm, than, "base"), words, lambda runs: less(points(runs[arm])[-1][1], points(runs[than])[-1][1]), bar)
 
 
@@ -79,8 +81,8 @@ def scaling_back(arm: str, scale: str, kept: float, given_back: float) -> Rule:
         then = old - runs[arm]["curve"][0][2]
         return min(100 * (start - task) / (start - end) - kept, less(then, forgotten) - given_back)
 
-    words = f"of {arm} with its update times {scale}: the lesser of the share of the gain in task loss that is kept, "
-    words += f"above {kept:g} %, and the share of forgetting that is given back, above {given_back:g} %"
+    words = f"of {arm} with its update times {scale}, the smaller of two margins: percent of the gain in task loss "
+    words += f"kept, minus {kept:g}, and percent of what was forgotten given back, minus {given_back:g}"
     return Rule((arm,), words, margin, 0, "points")
 
 
@@ -89,7 +91,7 @@ def scaling_or_stopping(arm: str, scale: str, bar: float = 20) -> Rule:
         task, old = runs[arm]["scaled"][scale]
         return less(old - runs[arm]["curve"][0][2], price(runs[arm], max(task, reached(runs[arm]))))
 
-    words = f"forgotten by {arm} with its update times {scale} below what its run had forgotten at the same task loss, "
+    words = f"how much less {arm} with its update times {scale} has forgotten than its run had at the same task loss, "
     return Rule((arm,), words + "percent of the larger", number, bar)
 
 
@@ -111,5 +113,6 @@ def heart_before_reading(arm: str, bar: float = 20) -> Rule:
         )
         return less(notes, heart)
 
-    words = f"rise of the loss of {arm} on answers from notes below that on answers by heart, percent of the larger"
+    words = f"how much less the loss of {arm} rises on answers read from notes than on answers known by heart, "
+    words += "percent of the larger rise"
     return Rule((arm,), words, number, bar)
