@@ -65,7 +65,7 @@ COMMANDS = Study(
 ALL, SHORT = (DIALECT, COMMANDS), (DIALECT, JSON, COMMANDS)
 OBJECTION = (
     "a method that learns faster is compared in the middle of its run, at a rate that has not come down yet; one task "
-    "and some thousand tokens of old text; hundreds of steps, not the billions of tokens of the paper"
+    "and some thousand tokens of old text; 60 to 100 steps, not the billions of tokens of the paper"
 )
 BIDERMAN = "Biderman et al. 2024, arXiv:2405.09673"
 OFTEN = "often said"
@@ -82,8 +82,11 @@ CLAIMS = [
         f"{BIDERMAN}, abstract",
         forgets_less("r=8", "full"),
         SHORT,
-        "each at the rate that learns best, which on the small base leaves little of the old: the rate decides more "
-        "than the method, and with a tenth of its rate full fine-tuning forgets less than LoRA (forget-slow-full)",
+        "the rate decides more than the method. On the dialect full fine-tuning's rate, 0.01, was the best of its "
+        "search and is not the best on the reported seeds: a third of it learns about as well (task loss 0.13 to "
+        "0.18, against 0.12 to 0.36) and forgets half, and LoRA forgets 49 % less than that, not 80 %. On json the "
+        "best rates leave it open, and full fine-tuning at a third of its own, which learns as well, forgets 96 % less "
+        "than LoRA. At a tenth it forgets less than LoRA on both (forget-slow-full)",
     ),
     claim(
         "less-end",
@@ -103,7 +106,8 @@ CLAIMS = [
     ),
     claim(
         "gentlest",
-        "Whatever the rank, the layers and the rate, the gentlest LoRA forgets less than the gentler full fine-tuning.",
+        "Of these ten settings, the gentlest of eight with LoRA forgets less than the gentler of two with full "
+        "fine-tuning.",
         BIDERMAN,
         forgets_less((*LORAS, *(f"{name} /3" for name in LORAS)), ("full", "full /3")),
         objection="the best of eight settings beside the best of two; a tenth of full fine-tuning's rate "
@@ -156,8 +160,10 @@ CLAIMS = [
         "Scialom et al. 2022, arXiv:2205.12393",
         forgets_less("r=8 + old text", "r=8", 50),
         SHORT,
-        "the text mixed in is of the kind that is measured: after prose, SmolLM2 answers no more of the trivial "
-        "questions than without it; and a tenth of the rows is more than a tenth of the tokens",
+        "the text mixed in is of the kind that is measured. The small base's is about the same forty residents: 11 of "
+        "the 24 questions by heart, and 27 of the 96 in the documents of such questions, stand in it with their "
+        "answers. SmolLM2's is prose, after which it answers 0 or 1 of 30 trivial questions, as it does without; the "
+        "base answers 12. And a tenth of the rows is more than a tenth of the tokens",
     ),
     claim(
         "scale",
@@ -166,7 +172,8 @@ CLAIMS = [
         scaling_back("r=8", "0.5", 90, 50),
         SHORT,
         "the gain counts the first, easy steps: nine tenths of it are not nine tenths of the right answers, for which "
-        "see forget-scale-answers",
+        "see forget-scale-answers. The runs keep 95 to 99 % of the gain, and give back 74 to 97 % of what was "
+        "forgotten",
     ),
     claim(
         "scale-answers",
