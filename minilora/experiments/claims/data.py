@@ -119,20 +119,21 @@ def outweighs(share: int, bar: float) -> Rule:
 def beats(share: int) -> Rule:
     """The bar: by five answers in a hundred more, one would collect fewer and better examples."""
     rule = more_right("lora some 0%", f"lora many {share}%", "task", 5)
-    return Rule((*rule.arms, "lora many 0%", "base"), rule.statistic, rule.number, rule.bar, rule.unit)
+    words = f"{rule.statistic}; some are 500 and many 2,000 on the tiny base, 100 and 400 on SmolLM2"
+    return Rule((*rule.arms, "lora many 0%", "base"), words, rule.number, rule.bar, rule.unit)
 
 
 OBJECTION = (
     "equal steps, so a small set is passed over more often, and wrong labels slow learning down: the study at three "
     "times the steps was added when that was seen; wrong labels are another example's, which no real annotator would "
-    "write; some stands for 500 of 2,000 on the tiny base and for 100 of 400 on SmolLM2"
+    "write"
 )
 LIMA = "Zhou et al. 2023, arXiv:2305.11206 (LIMA), abstract"
 BOTH, ALL = (TOWNS, ORDERS), (TOWNS, LONG, ORDERS)
 CLAIMS = [
     Claim(
         "few-good",
-        "A few hundred good examples beat thousands of which 30 % are wrong.",
+        "Good examples, 100 or 500, beat four times as many of which 30 % are wrong.",
         LIMA,
         beats(30),
         ALL,
@@ -140,7 +141,7 @@ CLAIMS = [
     ),
     Claim(
         "few-good-half",
-        "A few hundred good examples beat thousands of which half are wrong.",
+        "Good examples, 100 or 500, beat four times as many of which half are wrong.",
         LIMA,
         beats(50),
         ALL,
@@ -152,8 +153,10 @@ CLAIMS = [
         "often said",
         overfits("lora few 0%", 10),
         BOTH,
-        "few are 100 examples on the tiny base and 25 on SmolLM2; the rate with the lowest last loss is also one that "
-        "overfits little; by the gap between training and validation loss, which is wide, all small sets overfit",
+        "few are 100 examples on the tiny base; after 25 there the loss does rise, by 34.9, 14.0 and 36.9 % (mean "
+        "28.6, interval 7 to 50, which would be open). On SmolLM2 few are 25, in 40 steps. The rate with the lowest "
+        "last loss is also one that overfits little; by the gap between training and validation loss, which is wide, "
+        "all small sets overfit",
     ),
     Claim(
         "rank-overfits",
@@ -169,7 +172,9 @@ CLAIMS = [
         "Biderman et al. 2024, arXiv:2405.09673, who find that LoRA regularizes more",
         robust(30, 5),
         BOTH,
-        "a method that learns more slowly has less time to learn the noise, and less to learn the task",
+        "a method that learns more slowly has less time to learn the noise, and less to learn the task. On SmolLM2 a "
+        "rate for wrong labels was searched for LoRA alone, and full fine-tuning takes its rate of right labels; the "
+        "search ended at LoRA's rate of right labels too, 0.003",
     ),
     Claim(
         "learns-noise",
