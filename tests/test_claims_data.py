@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from minilora.experiments.claims import data, data_runs
-from minilora.experiments.claims.data_figures import cells, drawn, loss_curves, score_map
+from minilora.experiments.claims import data, data_runs, report
+from minilora.experiments.claims.data_figures import cells, loss_curves, score_map
 from minilora.experiments.claims.study import BASES, Arm, Plan, Setting
 from minilora.experiments.run import open_base
 from minilora.experiments.tune import TUNING_SEED
@@ -200,7 +200,7 @@ def test_the_map_shows_the_mean_of_the_seeds_in_every_cell():
         for place, examples in enumerate(data.SIZES.values())
         for share in (0, 0.3)
     }
-    figure = drawn("made up", runs)
+    figure = score_map("made up", runs)
     lora, full = figure.axes[:2]
     assert [text.get_text() for text in lora.texts] == ["1", "11", "21", "31"] * 2
     assert len(lora.collections) == len(full.collections) == 1, "lines of equal score"
@@ -219,10 +219,29 @@ def test_the_curves_mark_the_lowest_and_say_the_rise():
         "train_loss": [[10, 2.0], [20, 0.1]],
     }
     record |= of_loss(1.0, 2.0)
-    figure = drawn("made up", {"lora few 0%": {0: record, 1: record}, "base": {0: of_loss(4.0, 4.0)}})
+    figure = loss_curves("made up", {"lora few 0%": {0: record, 1: record}, "base": {0: of_loss(4.0, 4.0)}})
     (axes,) = figure.axes
     assert axes.get_title() == "lora few\nrises 100%"
     training, validation, lowest = axes.lines
     assert (training.get_linestyle(), validation.get_linestyle()) == ("--", "-")
     assert (list(lowest.get_xdata()), list(lowest.get_ydata())) == ([10], [1.0])
     assert len(loss_curves("two", {"lora few 0%": {0: record}, "full few 0%": {0: record}}).axes) == 2
+
+
+@pytest.mark.parametrize("name", ["tiny-overfit", "rank-overfits", "few-good", "data"])
+def test_what_overfits_is_drawn_as_curves_and_all_else_as_a_map(name, tmp_path, monkeypatch):
+    """The stored runs: curves of the arms that the claim compares, the map of all."""
+    shown = {}
+
+    def keep(figure, path, **how):
+        shown[path.name.split(".")[2]] = [axes.get_title().partition("\n")[0] for axes in figure.axes]
+        path.touch()
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", keep)
+    report.draw(name, "tiny", tmp_path)
+    expected = {
+        "tiny-overfit": ["lora few", "lora many"],
+        "rank-overfits": ["r=64 few", "r=1 few", "lora few", "full few"],
+    }
+    panels = next(iter(shown.values()))
+    assert sorted(panels) == sorted(expected.get(name, ["LoRA", "full fine-tuning", ""])), panels

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minilora.experiments.claims.study import Study
+from minilora.experiments.claims.study import Draw, Study
 
 # Student's t at 95 %, by degrees of freedom: mean ± t·s/√n holds the true mean in nine of ten experiments.
 T = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860, 9: 1.833}
@@ -138,6 +138,7 @@ class Claim:
     rule: Rule
     studies: tuple[Study, ...]  # each has the rule's arms
     objection: str  # the strongest one to these studies
+    figure: Draw | None = None  # of the rule's arms; without it the study's is drawn
 
 
 def summary(findings: list[Finding]) -> str:

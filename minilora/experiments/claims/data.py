@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from minilora.experiments.claims.claim import Claim, Record, Rule, more_right, score
-from minilora.experiments.claims.data_figures import drawn
+from minilora.experiments.claims.data_figures import loss_curves, score_map
 from minilora.experiments.claims.data_runs import measure
 from minilora.experiments.claims.study import Arm, Plan, Study
 
@@ -41,7 +41,7 @@ TOWNS = Study(
     {"tiny": Plan("towns", steps=200, seeds=3, minutes=0.3, settings=SETTINGS)},
     measure,
     chosen_by="last_validation_loss",
-    figure=drawn,
+    figure=score_map,
 )
 # Wrong labels may cost time and no more. Rates are shared: with 200 steps, clean and noisy arms chose the same ones.
 LONG = Study(
@@ -57,7 +57,7 @@ LONG = Study(
     {"tiny": Plan("towns", steps=600, seeds=3, minutes=0.9, settings=SETTINGS)},
     measure,
     chosen_by="last_validation_loss",
-    figure=drawn,
+    figure=score_map,
 )
 REAL = {  # with fewer searches for a rate
     "lora few 0%": arm_of("lora", 25, 0, "lora some 0%"),
@@ -76,7 +76,7 @@ ORDERS = Study(
     {"smollm2": Plan("orders", steps=40, seeds=2, minutes=3, settings=SETTINGS | {"evaluations": 5})},
     measure,
     chosen_by="last_validation_loss",
-    figure=drawn,
+    figure=score_map,
 )
 
 
@@ -157,6 +157,7 @@ CLAIMS = [
         "28.6, interval 7 to 50, which would be open). On SmolLM2 few are 25, in 40 steps. The rate with the lowest "
         "last loss is also one that overfits little; by the gap between training and validation loss, which is wide, "
         "all small sets overfit",
+        loss_curves,
     ),
     Claim(
         "rank-overfits",
@@ -165,6 +166,7 @@ CLAIMS = [
         overfits_more("r=64 few 0%", "r=1 few 0%", 5, ("lora few 0%", "full few 0%", "base")),
         (TOWNS,),
         "each rank has its own rate, chosen by the last loss, which a rate that overfits less can win",
+        loss_curves,
     ),
     Claim(
         "noise-robust",

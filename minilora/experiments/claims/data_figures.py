@@ -10,12 +10,6 @@ EQUAL = (50, 90)  # percent of right answers, each joined by a line
 LINE = "#D55E00"  # seen on the dark and on the light end of the map
 
 
-def drawn(title: str, runs: Runs) -> Figure:
-    """The map where an arm has wrong labels, the curves where none has."""
-    noisy = any(record.get("wrong") for by_seed in runs.values() for record in by_seed.values())
-    return score_map(title, runs) if noisy else loss_curves(title, runs)
-
-
 def cells(runs: Runs) -> dict[str, dict[tuple[int, float], float]]:
     """By method, by examples and share of wrong labels: percent of right answers, the mean of the seeds."""
     found: dict[str, dict[tuple[int, float], float]] = {}

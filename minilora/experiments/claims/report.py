@@ -111,15 +111,16 @@ def runs_of(case: Case) -> list[str]:
 def draw(name: str, scale: str | None, folder: Path) -> list[Path]:
     """Writes a figure of the reported runs of each case that has any, and returns the paths.
 
-    A study's own figure shows all its arms; the plain one, of losses, those that a claim compares.
+    A study's own figure shows all its arms; a claim's own, and the plain one of losses, those that the claim compares.
     """
     paths = []
     for case in find(name, scale):
-        study = case.study
-        arms = case.arms if study.figure is paired_losses else tuple(study.arms)
+        study, own = case.study, CLAIMS[name].figure if name in CLAIMS else None
+        figure = own or study.figure
+        arms = case.arms if own or figure is paired_losses else tuple(study.arms)
         runs = {arm: by_seed for arm, by_seed in reported(study, case.scale).items() if arm in arms and by_seed}
         if runs:
             paths.append(folder / f"{name}.{study.name}.{case.scale}.png")
             with replacing(paths[-1]) as temporary:
-                study.figure(f"{name}: {case.title}", runs).savefig(temporary, dpi=150)
+                figure(f"{name}: {case.title}", runs).savefig(temporary, dpi=150)
     return paths

@@ -24,6 +24,7 @@ from minilora.text.datasets import Dataset, data_named, load_dataset
 from minilora.text.tasks import TASKS
 from minilora.train_settings import NonFiniteError
 
+Draw = Callable[[str, Mapping[str, Mapping[int, Mapping]]], Figure]  # of a title, and of runs by arm and by seed
 ROW = 128  # tokens of a row of text, and of an example at most
 # By scale. Of what is too large for this machine the shape alone is used, which a plan names; no base is read.
 BASES: dict[str, str | Path] = {"tiny": BASE, "smollm2": "smollm2", "large": BASE}
@@ -126,7 +127,7 @@ class Study:
     plans: dict[str, Plan]  # by scale: "tiny" is the shipped base, "smollm2" the real model, "large" a shape alone
     measure: Callable[[Setting], dict] = train_and_score
     chosen_by: str = "best_validation_loss"
-    figure: Callable[[str, Mapping[str, Mapping[int, Mapping]]], Figure] = paired_losses
+    figure: Draw = paired_losses
 
 
 def timed(study: Study, setting: Setting) -> dict:
