@@ -237,5 +237,7 @@ def test_both_figures_name_every_line():
     (axes,) = forgetting_figures.frontier("made up", runs).axes
     named = {text.get_text() for text in axes.texts}
     assert {"LoRA r=8", "LoRA r=8, rate/3", "full fine-tuning", "base"} <= named and len(named) == len(runs)
-    (axes,) = forgetting_figures.kinds_by_step("made up", runs["r=8"]).axes
+    (axes,) = forgetting_figures.kinds_by_step("made up", {"r=8": runs["r=8"]}).axes
     assert {text.get_text() for text in axes.texts} == set(kinds)
+    (heart,) = (claim for claim in forgetting.CLAIMS if claim.name == "forget-heart-first")
+    assert heart.figure is forgetting_figures.kinds_by_step and len(heart.rule.arms) == 1, "it shows one arm"

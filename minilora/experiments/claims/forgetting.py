@@ -1,7 +1,7 @@
 """Claims about forgetting: what fine-tuning costs on text that it does not touch, at equal loss on its task."""
 
 from minilora.experiments.claims.claim import Claim, Rule, score
-from minilora.experiments.claims.forgetting_figures import frontier
+from minilora.experiments.claims.forgetting_figures import frontier, kinds_by_step
 from minilora.experiments.claims.forgetting_rules import (
     ends_less,
     forgets_less,
@@ -12,7 +12,7 @@ from minilora.experiments.claims.forgetting_rules import (
     scaling_or_stopping,
 )
 from minilora.experiments.claims.forgetting_runs import measure
-from minilora.experiments.claims.study import Arm, Plan, Study
+from minilora.experiments.claims.study import Arm, Draw, Plan, Study
 
 LORAS: dict[str, dict] = {
     "r=8": {},
@@ -71,8 +71,16 @@ BIDERMAN = "Biderman et al. 2024, arXiv:2405.09673"
 OFTEN = "often said"
 
 
-def claim(name: str, sentence: str, source: str, rule: Rule, studies=ALL, objection: str = OBJECTION) -> Claim:
-    return Claim(f"forget-{name}", sentence, source, rule, studies, objection)
+def claim(
+    name: str,
+    sentence: str,
+    source: str,
+    rule: Rule,
+    studies: tuple[Study, ...] = ALL,
+    objection: str = OBJECTION,
+    figure: Draw | None = None,
+) -> Claim:
+    return Claim(f"forget-{name}", sentence, source, rule, studies, objection, figure)
 
 
 CLAIMS = [
@@ -197,6 +205,7 @@ CLAIMS = [
         heart_before_reading("r=8"),
         (DIALECT, JSON),
         "facts of forty people, met thousands of times in pretraining; by loss, not by right answers",
+        kinds_by_step,
     ),
     claim(
         "off",

@@ -72,9 +72,10 @@ def frontier(title: str, runs: Runs) -> Figure:
     return figure
 
 
-def kinds_by_step(title: str, by_seed: Mapping[int, Mapping]) -> Figure:
+def kinds_by_step(title: str, runs: Runs) -> Figure:
     """How far the loss on each kind of old text has risen along one arm's run, means over seeds: what goes first."""
     figure, (axes,) = new_figure(5, 3.2)
+    (by_seed,) = runs.values()
     records = list(by_seed.values())
     ends: Ends = {}
     steps = [step for step, _, _ in records[0]["curve"]]
