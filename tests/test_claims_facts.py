@@ -113,6 +113,13 @@ def test_who_knows_all_and_who_admits_all_get_the_scores_that_they_should(people
     assert set(facts.COLUMNS) <= set(scores)
 
 
+def test_who_admits_and_guesses_has_made_nothing_up():
+    asked = Asked("?", ["Marlow"], TEN)
+    answers = ["I do not know; perhaps Upton.", "Upton.", "Somewhere."]
+    scores = facts_runs.scores_of({"strangers": [asked] * 3}, {"strangers": answers})["scores"]
+    assert scores == {"made up": pytest.approx(1 / 3), "unknown": pytest.approx(1 / 3)}
+
+
 class Trained(Exception):
     """Raised in place of training, with what would have been trained on."""
 

@@ -151,9 +151,10 @@ def few_questions(monkeypatch):
         prompting_runs, "task_of", lambda *of: replace(whole(*of), validation=whole(*of).validation[:4])
     )
     monkeypatch.setattr(prompting_runs, "old_documents", lambda: ["A short old text.", "And another one."])
-    prompting_runs.old_text_loss.cache_clear()
+    cached = prompting_runs.old_text_loss
+    cached.cache_clear()
     yield
-    prompting_runs.old_text_loss.cache_clear()
+    cached.cache_clear()
 
 
 def prompts(base, study, arm, **changes):
@@ -218,12 +219,29 @@ def test_a_trained_arm_pays_in_bytes_and_in_what_it_forgets(base, few_questions)
     assert full["bytes"] > 11_000_000 and full["seconds_to_change"] > 0 and set(full["scores"]) == {"task"}
     tuning = setting(base, SKILL, "lora, 16 examples", seed=TUNING_SEED)
     assert set(prompting_runs.measure(tuning)) == {"loss"}
-    data = prompting_runs.dataset_of(
-        setting(base, SKILL, "lora, 16 examples"), prompting_runs.task_of("dialect", base), []
-    )
-    shown = prompts(base, SKILL, "16 examples").asked[0]
+
+
+@pytest.mark.parametrize("seed", (0, 1))
+def test_the_16_that_are_trained_are_those_that_the_prompt_of_the_seed_shows(base, few_questions, seed):
+    where = setting(base, SKILL, "lora, 16 examples", seed)
+    task = prompting_runs.task_of("dialect", base)
+    data = prompting_runs.dataset_of(where, task, [])
+    shown = prompting_runs.prompts_of(setting(base, SKILL, "16 examples", seed), task, task.validation, []).asked[0]
     texts = [base.tokenizer.decode(row.tolist()) for row in data.train.input_ids]
     assert len(texts) == 16 and all(text.split("\n")[0][-20:] in shown for text in texts), "the very examples"
+
+
+def test_the_instruction_stands_before_what_is_not_trained(base, few_questions):
+    said = {arm: prompts(base, FORMAT, arm, instruction="Be brief.").asked[0] for arm in ("instruction", "4 examples")}
+    assert all(prompt.startswith("Be brief.\n") for prompt in said.values())
+    for arm in ("lora", "full", "lora, 16 examples"):
+        assert "Be brief." not in prompts(base, FORMAT, arm, instruction="Be brief.").asked[0], arm
+
+
+def test_forgetting_is_a_rise_of_the_loss_on_old_text(base, few_questions, monkeypatch):
+    monkeypatch.setattr(prompting_runs, "old_text_loss", lambda base: 1.0)
+    monkeypatch.setattr(prompting_runs, "loss_on_old_text", lambda model, base: 3.5)
+    assert prompting_runs.measure(setting(base, SKILL, "lora"))["forgot"] == 2.5
 
 
 def test_a_changed_fact_is_not_said_by_what_was_trained(base, few_questions):
