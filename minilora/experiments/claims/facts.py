@@ -129,12 +129,23 @@ P_CHAT = Study(
 ALL = (P12, P48, P200, P200_LONGER, P_CHAT)
 
 
+# What the 132 steps of facts-200 leave open.
+UNLEARNED = (
+    "in facts-200 (132 steps) LoRA of every rank is right in 6 to 10 % of the questions it was trained on, the "
+    "untrained base in 2 to 5 %: with so little learned, it cannot show what learned facts lead to"
+)
+TIED = (
+    "in facts-200 r=8 was trained at rate .01, whose loss (.4773) is no better than that of .003 (.4776): at .01 it "
+    "{at_01}, where r=1 and r=64, at .003, {at_003}"
+)
+
+
 def on_facts(
     name: str, sentence: str, source: str, rule: Rule, objection: str, studies: tuple[Study, ...] = ALL
 ) -> Claim:
     general = "one small base of each kind, and two seeds of the larger"
     if P200 in studies:
-        general += "; in facts-200 rows are seen 8 times, in 132 steps, in which LoRA of no rank began to learn them"
+        general += f"; {UNLEARNED}"
     return Claim(name, sentence, source, rule, studies, f"{objection}; {general}")
 
 
@@ -150,10 +161,11 @@ CLAIMS = [
     ),
     on_facts(
         "facts-retrieval",
-        "Notes in the prompt of the base answer better than the same statements trained in.",
+        "Notes in the prompt of the base answer better than statements that were trained in.",
         OVADIA,
         apart("base", "reading", "lora r=8", "told", 5),
-        "the notes are the right ones: a retriever has faults of its own",
+        "the notes and the trained statements are about different people, and the questions differ; the notes are the "
+        "right ones, where a retriever has faults of its own",
     ),
     on_facts(
         "facts-told",
@@ -174,21 +186,25 @@ CLAIMS = [
         "Fine-tuning on new facts makes a model wrong about what it knew.",
         GEKHMAN,
         apart("base", "known", "lora r=8", "known", 10),
-        "training here has new facts only; full fine-tuning kept 87 % at rate 3e-4 and 17 % at 1e-3: the rate decides",
+        "training here has new facts only; full fine-tuning kept 87 % in facts-12, at rate 3e-4, and 17 % in facts-48, "
+        "at 1e-3: people and rate changed together; " + TIED.format(at_01="kept 4 to 5 %", at_003="kept 5 to 40 %"),
     ),
     on_facts(
         "facts-strangers",
         "A model that was trained on facts about some people makes facts up about others.",
         GEKHMAN,
         score("lora r=8", "made up", 50),
-        "neither base says that it does not know before any training; SmolLM2 then invents values of its own",
+        "the rule has no baseline: the tiny base makes up 90 to 96 % before any training; untrained SmolLM2 scores "
+        '0 % only because what it invents, such as "a Russian-American actor", is not among the values that count, '
+        "and it admits not to know in 4 to 6 %",
     ),
     on_facts(
         "facts-conflict",
         "A model that was trained on facts no longer reads notes that contradict them.",
         "said of fine-tuned models in general; Longpre et al. 2021, arXiv:2109.05052, of memory against context",
         apart("base", "conflict", "lora r=8", "conflict", 25),
-        "where the notes are no longer believed, notes on strangers are not read either: reading itself is lost",
+        "where the notes are not believed, those on strangers are mostly not read either: reading itself is lost; "
+        + TIED.format(at_01="follows the notes in 4 to 10 %", at_003="follow them in 57 to 96 %"),
     ),
     on_facts(
         "facts-say-unknown",
@@ -235,14 +251,17 @@ CLAIMS = [
         "LoRA holds fewer facts than full fine-tuning.",
         "Biderman et al. 2024, arXiv:2405.09673, abstract, of what is learned",
         apart("full", "seen", "lora r=8", "seen", 5),
-        "both may hold all that there is: see the scores",
+        "in facts-12, facts-48 and facts-chat both know 99 to 100 %, all that there is; in facts-200 the rate of full "
+        "fine-tuning, .01, is in doubt: its losses have no single valley (.001: 0.64, .003: 1.10, .01: 0.47, .03: "
+        "1.88), and 3e-4 was not tried",
     ),
     on_facts(
         "facts-rank",
         "A higher rank holds more facts.",
         "Allen-Zhu and Li 2024, arXiv:2404.05405, of parameters; common advice",
         apart("lora r=64", "seen", "lora r=1", "seen", 5),
-        "at equal epochs, not at the end of what a rank could hold",
+        "at equal epochs, not at the end of what a rank could hold; in facts-48 r=64 was trained at rate .01 and "
+        "r=1 at .003, the best of those tried for each",
         (P48, P200),
     ),
 ]
