@@ -116,7 +116,7 @@ def of_people(count: int, batch_size: int, steps: int, arms: dict[str, Arm], min
 P12 = of_people(12, 4, 264, PLAIN, 0.3)
 P48 = of_people(48, 16, 264, PLAIN | MIXES | RANKS, 0.5)
 P200 = of_people(200, 67, 132, PLAIN | RANKS, 1)
-P200_LONGER = of_people(200, 16, 1100, PLAIN, 2, "facts-200-longer")
+P200_LONGER = of_people(200, 16, 1100, {name: PLAIN[name] for name in ("base", "lora r=8")}, 2, "facts-200-longer")
 P_CHAT = Study(
     "facts-chat",
     "12 people who do not exist, three facts each, told to a model that chats; exact answers by kind of question",
@@ -254,6 +254,7 @@ CLAIMS = [
         "in facts-12, facts-48 and facts-chat both know 99 to 100 %, all that there is; in facts-200 the rate of full "
         "fine-tuning, .01, is in doubt: its losses have no single valley (.001: 0.64, .003: 1.10, .01: 0.47, .03: "
         "1.88), and 3e-4 was not tried",
+        (P12, P48, P200, P_CHAT),
     ),
     on_facts(
         "facts-rank",
