@@ -196,7 +196,9 @@ CLAIMS = [
         "Aghajanyan et al. 2020, arXiv:2012.13255, abstract; Hu et al. 2021, section 7.2",
         of_rank_8("kept at 8", "of what training gained in loss, percent left with each ΔW cut to rank 8"),
         RANK,
-        "much of the gain is easy, and embedding and norms, which stay as trained, keep part of it at rank 0 (stored)",
+        "embedding and norms stay as trained, and alone keep 66 % of the gain on dialect, 62 % on json, 38 % on orders; "
+        "of the rest, which is the linears', 8 directions keep 88.0 % on dialect (87.1 to 89.0, below the bar), 99.6 % on "
+        "json and 98.4 % on orders",
     ),
     Claim(
         "low-rank-numbers",
@@ -219,7 +221,8 @@ CLAIMS = [
             above=False,
         ),
         RANK,
-        "embedding and norms stay as trained, which helps; nothing is trained after the cut, which would help more",
+        "embedding and norms are not cut, and alone keep 66 % of the gain on dialect, 62 % on json, 38 % on orders; "
+        "nothing is trained after the cut, which might win back what dialect loses",
     ),
     Claim(
         "nf4",

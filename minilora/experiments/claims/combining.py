@@ -130,7 +130,9 @@ CLAIMS = [
         "popular articles; tools that offer it",
         lost("qlora", "rounded", "merging and rounding to NF4 again", 5),
         (MERGE,),
-        "what is lost depends on how large ΔW is beside W, so on the task and the rate",
+        "the bar could hardly be reached: 5 % of the gain is 0.24 nats, and the trained models' loss is 0.017 to 0.137; "
+        "in percent of that loss, rounding costs 1.0, 5.9 and 7.4 %; one of the three models had learned little (3 right "
+        "answers in 100)",
     ),
     Claim(
         "sum",
