@@ -131,7 +131,11 @@ class Study:
 
 
 def timed(study: Study, setting: Setting) -> dict:
-    """The record of one run, with how long it took, when and where; its loss is None where it diverged while tuning."""
+    """The record of one run, with how long it took, when and where; its loss is None where it diverged while tuning.
+
+    The date is that of the run's end, a day and no time: it tells runs of one day from those of another, and not which
+    of two runs of a day came first, nor whether a rule that is of the same day was written before them.
+    """
     began = time.perf_counter()
     try:
         record = study.measure(setting)
