@@ -14,6 +14,7 @@ from minilora.experiments.claims.claim import (
     Finding,
     T,
     better,
+    digits,
     interval,
     lower_loss,
     more_right,
@@ -120,6 +121,12 @@ def test_a_difference_has_a_sign_and_a_share_has_none():
     assert found.text() == "+5.0 points (-26.6 to +36.6); these seeds tell ±31.6 apart"
 
 
+def test_a_number_that_rounds_to_nothing_has_no_minus():
+    for value, signed, said in ((-0.001, False, "0.00"), (-0.001, True, "+0.00"), (-0.0, False, "0.0"),
+                                (-0.02, False, "-0.02"), (-1.04, True, "-1.0"), (0.5, True, "+0.50")):  # fmt: skip
+        assert digits(value, signed) == said, f"{value}: expected {said}, got {digits(value, signed)}"
+
+
 def test_studies_that_disagree_make_it_depend():
     def found(*verdicts):
         return [Finding(verdict, 0.0, -1.0, 1.0, 3) for verdict in verdicts]
@@ -205,7 +212,15 @@ def test_a_study_is_run_and_shown_with_all_its_arms(book):
     assert {(method, rate) for method, rate, seed in book if seed == 0} >= {("lora", 0.01), ("lora", 0.0033)}
     assert sum(seed != TUNING_SEED for _, _, seed in book) == 4 * 3
     said = report.details("small")
-    assert all(f"\n{arm} " in said for arm in ARMS) and "dora                holds: +20.0 %" in said
+    assert all(f"\n{arm} " in said for arm in ARMS) and "\ndora    holds: +20.0 %" in said
+
+
+def test_the_names_of_a_studys_claims_stand_apart_from_their_verdicts(book, monkeypatch):
+    long = "a-name-that-is-longer-than-any"
+    claims = {long: replace(report.CLAIMS["dora"], name=long), "dora": report.CLAIMS["dora"]}
+    monkeypatch.setattr(report, "CLAIMS", claims)
+    said = report.details("small").splitlines()
+    assert f"{long}  not run yet" in said and f"{'dora':<{len(long)}}  not run yet" in said
 
 
 def test_a_name_means_one_thing():

@@ -41,8 +41,9 @@ class Finding:
 
 
 def digits(value: float, signed: bool) -> str:
-    """One decimal, and two for what is below one."""
+    """One decimal, and two for what is below one. What rounds to nothing has no minus."""
     places = 1 if abs(value) >= 1 or value == 0 else 2
+    value = round(value, places) + 0.0  # -0.0 + 0.0 is 0.0
     return f"{value:+.{places}f}" if signed else f"{value:.{places}f}"
 
 
@@ -142,8 +143,13 @@ class Claim:
 
 
 def summary(findings: list[Finding]) -> str:
-    """One word for all the studies of a claim: where some hold and some fail, it depends."""
-    verdicts = {found.verdict for found in findings}
-    if {"holds", "fails"} <= verdicts:
+    """One word for all the studies of a claim: "depends" where one holds and another fails, whatever the others say.
+
+    Else "open" where any is open: one that holds and one that is open are "open" together, not "holds".
+    """
+    verdicts = [found.verdict for found in findings]
+    if "holds" in verdicts and "fails" in verdicts:
         return "depends"
-    return "open" if "open" in verdicts else next(iter(verdicts), "not run")
+    if "open" in verdicts:
+        return "open"
+    return verdicts[0] if verdicts else "not run"

@@ -69,7 +69,7 @@ def said(found: Finding | None, with_verdict: bool) -> str:
 
 def details(name: str, scale: str | None = None) -> str:
     """A claim with its rule and the runs of its arms, or a study with all its runs and what follows from them."""
-    cases, lines = find(name, scale), []
+    cases, lines, wide = find(name, scale), [], 2 + max(map(len, CLAIMS))
     if name in CLAIMS:
         claim = CLAIMS[name]
         about = {"said by": claim.source, "statistic": claim.rule.statistic, "rule": claim.rule.words}
@@ -81,7 +81,7 @@ def details(name: str, scale: str | None = None) -> str:
             if case.study in claim.studies:
                 found = finding(claim, case)
                 verdict = f"{found.verdict}: {found.text()}, {found.seeds} seeds" if found else "not run yet"
-                lines.append(verdict if name in CLAIMS else f"{claim.name:<20}{verdict}")
+                lines.append(verdict if name in CLAIMS else f"{claim.name:<{wide}}{verdict}")
         lines.append("")
     return "\n".join(lines[:-1])
 
