@@ -82,6 +82,21 @@ def test_a_step_at_7b_is_simulated_as_planned(base):
     )
 
 
+def test_the_rules_on_counts_are_about_the_arm_that_they_name():
+    """Each arm has a number of its own, so that no other arm could give the same answer."""
+    peaks = {"full": 40.0, "lora": 10.0, "qlora": 2.0}
+    peak = {name: {"scores": {"peak, GB": peak}} for name, peak in peaks.items()}
+    share = {
+        name: {"scores": {"trained, %": value}} for name, value in (("full", 100), ("q, v", 1), ("all linears", 3))
+    }
+    size = {name: {"bytes": value} for name, value in (("full", 600), ("q, v, r=4", 2), ("all linears, r=8", 6))}
+    expected = {"share": (share, 3), "memory": (peak, 25), "qlora-65b": (peak, 2e9 / 2**30), "size": (size, 300)}
+    assert list(expected) == [claim.name for claim in costs.CLAIMS]
+    for name, (runs, number) in expected.items():
+        found = ledger.CLAIMS[name].rule.number(runs)
+        assert found == pytest.approx(number), f"{name}: expected {number}, got {found}"
+
+
 # ΔW
 
 
@@ -99,7 +114,7 @@ def test_the_pieces_of_a_matrix_are_those_of_its_svd(shape):
 
 def test_what_is_kept_goes_from_the_base_to_the_trained_model(base, monkeypatch):
     monkeypatch.setattr(study, "dataset", lambda name, base: few_rows(study.load_dataset(name, base.tokenizer), 4))
-    found, energies = basics.directions, torch.tensor([3.0, 1.0, *[0.0] * 62])
+    found, energies = basics.directions, torch.tensor([8.0, *[1.0] * 8, *[0.0] * 55])
     monkeypatch.setattr(basics, "directions", lambda change: (energies, *found(change)[1:]))
     record = basics.cut_to_ranks(setting_of(base, basics.RANK[0], "full", 1e-3, steps=1))
     scores = record["scores"]
@@ -107,8 +122,9 @@ def test_what_is_kept_goes_from_the_base_to_the_trained_model(base, monkeypatch)
         "64 directions are nearly all, and all is the trained model"
     )
     assert scores["kept at 0"] < scores["kept at 8"] < 1.02
-    assert record["energy_by_rank"] == [0, 0.75] + 6 * [1], "shares of the sum of σ², from rank 0 on"
-    assert (scores["energy at 8"], scores["rank for 90 %"]) == (1, 2)
+    shares = [0, 8 / 16, 9 / 16, 11 / 16, 15 / 16, 1, 1, 1]
+    assert record["energy_by_rank"] == shares, "shares of the sum of σ², from rank 0 on"
+    assert (scores["energy at 8"], scores["rank for 90 %"]) == (15 / 16, 8)
     assert dict(record["loss_by_rank"])[64] == pytest.approx(record["validation_loss"][-1][1], abs=0.02)
 
 
