@@ -193,14 +193,39 @@ def test_a_sum_is_judged_by_the_task_that_suffers_more():
 # Time
 
 
-def test_times_are_held_against_the_first_in_percent():
-    """What ran twice as long, by a clock that is moved by hand, is 200 %."""
-    clock = iter(range(10**6))
-    ticks = {"slow": 2, "fast": 1}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minilora.experiments.timing.time.perf_counter", lambda: next(clock))
-        actions = {name: lambda n=n: [next(clock) for _ in range(n - 1)] for name, n in ticks.items()}
-        assert speed.percent({"fast": actions["fast"], "slow": actions["slow"]}, 3) == {"slow": 200.0}
+class HandClock:
+    """A clock that only the actions move: the n-th call of one takes the n-th of its seconds, the first to warm up."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr("time.perf_counter", lambda: self.now)
+
+    def action(self, *seconds: float):
+        left = iter(seconds)
+
+        def act(*_):
+            self.now += next(left)
+
+        return act
+
+
+def test_times_are_the_median_over_the_first_in_percent(monkeypatch):
+    """Of three rounds, a fast and a slow one do not count."""
+    clock = HandClock(monkeypatch)
+    actions = {"first": clock.action(50, 2, 2, 2), "other": clock.action(90, 2, 20, 6)}
+    assert speed.percent(actions, 3) == {"other": 300.0}
+
+
+def test_milliseconds_are_the_median_after_a_warm_up(monkeypatch):
+    assert speed.median_ms(HandClock(monkeypatch).action(50, 2, 20, 6), 3) == 6000
+
+
+def test_a_step_is_the_median_of_its_rounds(base, monkeypatch):
+    monkeypatch.setattr(speed, "step_of", lambda *_: None)
+    rounds = {name: [1.0, 10.0, 3.0] for name in ("q, v", "all linears", "qlora")}
+    monkeypatch.setattr(speed, "ratios_in_turn", lambda *_: rounds)
+    scores = speed.time_of_a_step(setting_of(base, speed.SPEED[0], "steps"))["scores"]
+    assert scores == dict.fromkeys(rounds, 300.0)
 
 
 def test_the_slower_of_two_bases_decides_how_fast_a_switch_is():
