@@ -246,6 +246,46 @@ def test_bars_show_the_mean_and_every_seed():
     assert any(math.isclose(x, 3.0) for x, _ in dots), "each seed is a dot"
 
 
+class Anything(dict):
+    """Scores, whatever they are called."""
+
+    __contains__ = __missing__ = lambda self, name: 1.0  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("family", [basics, combining, costs, speed])
+def test_a_bar_that_is_drawn_is_one_that_decides(family):
+    studies = {where for claim in family.CLAIMS for where in claim.studies if where not in basics.RANK}
+    for where in studies:
+        decides = {f"the rule's bar, {claim.rule.bar:g}" for claim in family.CLAIMS if where in claim.studies}
+        figure = where.figure("a title", {arm: {seed: {"scores": Anything()} for seed in (0, 1)} for arm in where.arms})
+        drawn = {line.get_label() for line in figure.axes[0].lines if "bar" in str(line.get_label())}
+        assert drawn <= decides, f"{where.name}: {drawn}, and the rules say {decides}"
+    words = combining.MERGE.figure("", {"lora": {0: {"scores": Anything()}}}).axes[0].get_xlabel()
+    merged, rounded = (ledger.CLAIMS[name].rule.bar for name in ("merge", "merge-4bit"))
+    assert f"(the rules' bars: merged {merged}, rounded {rounded})" in words
+
+
+def test_the_figure_of_ranks_shows_both_bars_in_their_units():
+    """With 5 nats gained, 0.05 nats above the trained model are 99 % of the gain."""
+    scores = {f"kept at {rank}": 1.0 for rank in basics.RANKS}
+    run = {"scores": scores, "energy_by_rank": [1.0] * 8, "validation_loss": [[0, 6.0], [9, 9.0], [18, 1.0]]}
+    figure = basics.kept_by_rank("a title", {"full": {0: run, 1: run}})
+    (axes,) = figure.axes
+    heights = {line.get_label(): line.get_ydata()[0] for line in axes.lines if "bar" in str(line.get_label())}
+    assert heights == pytest.approx({"low-rank's bar, 90 %": 90, "extract's bar, 0.05 nats": 99})
+    (nats,) = axes.child_axes
+    assert nats.get_ylabel() == "rise of the loss (nats)"
+    figure.draw_without_rendering()  # places the right axis beside the left
+    for share, rise in ((100, 0.0), (99, 0.05), (20, 4.0)):
+        left, right = axes.transData.transform((0, share))[1], nats.transData.transform((0, rise))[1]
+        assert right == pytest.approx(left), f"{share} % and {rise} nats should lie at one height"
+
+
+def test_a_number_that_rounds_to_nothing_has_no_minus():
+    runs = {"lora": {seed: {"scores": {"a": -1e-7}} for seed in range(3)}}
+    assert [text.get_text() for text in bars(["a"], "percent")("a title", runs).axes[0].texts] == ["0"]
+
+
 def test_the_variants_have_a_second_task_and_three_a_real_model():
     on = {name: [where.name for where in ledger.CLAIMS[name].studies] for name in ("as-full", "qlora", "dora", "pissa")}
     assert on["as-full"] == on["qlora"] == on["dora"] == ["dialect", "json", "orders"] and on["pissa"] == [

@@ -53,7 +53,7 @@ def one_bar(axes, values: Sequence[float], place: float, height: float, number: 
         axes.scatter(values, [place] * len(values), color="white", edgecolor="black", s=12, zorder=3)
         end = max(end, high)
     axes.annotate(
-        f"{mean:,.0f}" if mean >= 1000 else f"{round(mean, 5):.3g}",
+        f"{mean:,.0f}" if mean >= 1000 else f"{round(mean, 5) + 0.0:.3g}",
         (end, place),
         (5, 0),
         textcoords="offset points",
