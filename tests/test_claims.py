@@ -212,6 +212,7 @@ def test_a_study_is_run_and_shown_with_all_its_arms(book):
     assert {(method, rate) for method, rate, seed in book if seed == 0} >= {("lora", 0.01), ("lora", 0.0033)}
     assert sum(seed != TUNING_SEED for _, _, seed in book) == 4 * 3
     said = report.details("small")
+    assert "\ngentle takes 0.33 times the rate of lora\n" in said
     assert all(f"\n{arm} " in said for arm in ARMS) and "\ndora    holds: +20.0 %" in said
 
 

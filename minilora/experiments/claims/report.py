@@ -95,6 +95,10 @@ def runs_of(case: Case) -> list[str]:
     wide = max(map(len, case.arms))
     head = f"{'arm':<{wide}}{'rate':>9}{'seed':>6}{'loss':>10}" + "".join(f"{name:>{len(name) + 2}}" for name in names)
     lines = [f"{case.title}: {study.about}; {runs}", f"{head}{'seconds':>9}"]
+    for arm in case.arms:
+        if (owner := study.arms[arm].rate_of) is not None:
+            times = study.arms[arm].rate_times
+            lines.insert(-1, f"{arm} takes {'' if times == 1 else f'{times:.2g} times '}the rate of {owner}")
     for record in records:
         loss, rate = record.get(study.chosen_by), record["learning_rate"]
         text = f"{record['arm']:<{wide}}{'' if rate is None else f'{rate:g}':>9}{record['seed']:>6}"
