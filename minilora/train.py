@@ -233,8 +233,8 @@ def train(
             began = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * learning_rate_factor(step, config)
-            input_ids, labels, *more = (part.to(device) for part in batch_of(data, step, config, model))  # (B, T)
             try:
+                input_ids, labels, *more = (part.to(device) for part in batch_of(data, step, config, model))  # (B, T)
                 loss = training_step(model, optimizer, input_ids, labels, config, None, objective, more).item()
             except NonFiniteError as error:
                 raise NonFiniteError(f"at step {step} of {config.steps} {error}") from None

@@ -19,7 +19,7 @@ from minilora.model import GPT, GPTConfig
 from minilora.objectives import GroupPolicy, group_advantages, grpo_loss, kl_estimate, token_log_probs
 from minilora.text.tasks import Example, Task
 from minilora.train import make_optimizer, train, training_step
-from minilora.train_settings import TrainConfig
+from minilora.train_settings import NonFiniteError, TrainConfig
 
 CONFIG = TrainConfig(steps=6, batch_size=8, learning_rate=1e-2, warmup_steps=1)
 EXAMPLES = [Example(f"Question: what is {n}?\nAnswer:", f" {n}") for n in range(6)]
@@ -296,6 +296,12 @@ def test_a_reward_that_is_not_finite_is_refused(make_model, rollouts, value):
     rollouts.reward = lambda example, answer: value
     with pytest.raises(ValueError, match=f"the reward of .* is {value}; it must be a finite number"):
         train(make_model(), rollouts, CONFIG, objective=GroupPolicy(), progress=False)
+
+
+def test_a_policy_that_diverges_is_named_with_its_step(make_model, rollouts):
+    config = replace(CONFIG, learning_rate=1e30, warmup_steps=0)
+    with pytest.raises(NonFiniteError, match="at step 1 of 6 the logits to draw from are not finite: .* learning rate"):
+        train(make_model(random_B=True), rollouts, config, objective=GroupPolicy(), progress=False)
 
 
 def test_what_does_not_fit_is_refused(make_model, rollouts, tokenizer, make_experiment):

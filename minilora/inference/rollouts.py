@@ -26,7 +26,7 @@ from minilora.text.batches import examples, padded
 from minilora.text.chat import encode_prompt
 from minilora.text.tasks import Example
 from minilora.text.tokenizer import AnyTokenizer
-from minilora.train_settings import IGNORE, TrainConfig
+from minilora.train_settings import IGNORE, NonFiniteError, TrainConfig
 
 
 @torch.no_grad()
@@ -35,7 +35,8 @@ def sample(
 ) -> list[list[int]]:
     """What softmax(logits / temperature) draws after each prompt, up to and with an end token; one draw for all rows.
 
-    The draws come from a generator of their own, on the CPU: the same on every device, as far as the logits are."""
+    The draws come from a generator of their own, on the CPU: the same on every device, as far as the logits are. Raises
+    NonFiniteError for logits that nothing can be drawn from."""
     dice, training = torch.Generator().manual_seed(seed), model.training
     ids, padding = left_pad(prompts, model.model.embed_tokens.weight.device)  # (B, T) both
     cache = model.new_cache(len(prompts), padding) if isinstance(model, Prompt) else KVCache(padding)
@@ -44,6 +45,8 @@ def sample(
     model.eval()
     for _ in range(max_new_tokens):
         logits = model.lm_head(model.model(ids, cache)[:, -1])[:, :vocab_size]  # (B, V)
+        if not logits.isfinite().all():
+            raise NonFiniteError("the logits to draw from are not finite: try a lower learning rate or a longer warm-up")
         tokens = torch.multinomial((logits.double().cpu() / temperature).softmax(-1), 1, generator=dice)  # (B, 1)
         for row in list(running):
             drawn[row].append(int(tokens[row]))
