@@ -1,6 +1,7 @@
 """Pairs of answers from files and from the world, and `finetune` with every objective and from a trained adapter."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minilora import LoRAConfig, disable_lora, load_adapter, load_model
+from minilora import LoRAConfig, disable_lora, load_adapter, load_model, objectives
 from minilora.__main__ import main
 from minilora.experiments import run as run_file
 from minilora.experiments.goals import start_from
@@ -188,6 +189,34 @@ def test_a_student_comes_close_to_its_teacher(make_experiment, base_folder, trai
     assert found[-1][1] < 0.5 * found[0][1], f"nats from the teacher: {found}"
     itself = run(make_experiment(objective="distill", teacher=base_folder.directory), progress=False).history
     assert itself.validation_loss[0][1] == pytest.approx(0, abs=1e-6), "a base that is its own teacher is at 0 nats"
+
+
+@pytest.mark.parametrize("method", ["lora", "loftq"])
+def test_a_base_folder_that_is_taken_is_said_before_training_and_can_be_overwritten(
+    make_experiment, trained, tmp_path, monkeypatch, method
+):
+    """Where the run writes a base of its own: what goes on from an adapter, and LoftQ."""
+    experiment = make_experiment(method, adapter=trained if method == "lora" else None)
+    shutil.copytree(trained, tmp_path / "base")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_file, "run", lambda *_: pytest.fail("it trained before it looked at the folder"))
+        with pytest.raises(ValueError, match="base holds an adapter .* a folder holds one thing"):
+            finetune(experiment, tmp_path, progress=False)
+    assert (tmp_path / "base" / "adapter_config.json").is_file(), "what was there is there still"
+    finetune(experiment, tmp_path, progress=False, overwrite=True)
+    load_adapter(load_model(tmp_path / "base"), tmp_path)
+    assert not (tmp_path / "base" / "adapter_config.json").exists(), "the base took the adapter's place"
+
+
+def test_no_more_pairs_are_read_at_once_than_a_micro_batch_has(preferences, tmp_path, monkeypatch):
+    """Full fine-tuning reads all pairs before training, and every run reads the held-out ones after it."""
+    sizes, forward = [], objectives.forward
+    monkeypatch.setattr(
+        objectives, "forward", lambda model, ids, *how: sizes.append(len(ids)) or forward(model, ids, *how)
+    )
+    experiment = preferences("full")
+    finetune(replace(experiment, training=replace(experiment.training, accumulation_steps=2)), tmp_path, progress=False)
+    assert max(sizes) == 4, f"a micro-batch has 2 pairs, 4 rows; so many went through the model at once: {sizes}"
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from minilora.storage.prompts import PROMPTS, load_prompt
 from minilora.text.datasets import Dataset, load_dataset
 from minilora.text.preferences import PAIRS, load_preferences
 from minilora.text.tokenizer import AnyTokenizer, open_tokenizer
-from minilora.train_settings import CROSS_ENTROPY, Objective, Rows
+from minilora.train_settings import CROSS_ENTROPY, Objective, Rows, TrainConfig
 
 PROBE = 'Mara Hale\'s 3 goats, {"and": 17} more:\n\tnaïve café.'  # tokenizers that agree on it are taken for the same
 REWARD_TRAINING = {"steps": 40, "batch_size": 64}  # samples
@@ -82,6 +82,11 @@ def objective_of(experiment: Experiment) -> Objective:
     return CROSS_ENTROPY
 
 
+def micro_batch(config: TrainConfig) -> int:
+    """How many rows or pairs go through the model at once."""
+    return config.batch_size // config.accumulation_steps
+
+
 def data_of(experiment: Experiment, model: GPT | Prompt) -> tuple[Rows, Rows | None]:
     """The data to train on and to validate on; rewards have no validation loss.
 
@@ -89,8 +94,8 @@ def data_of(experiment: Experiment, model: GPT | Prompt) -> tuple[Rows, Rows | N
     model as it starts says of them."""
     data = experiment.dataset.train, experiment.dataset.validation
     if experiment.objective == "dpo" and not experiment.starts_as_base:
-        precision = experiment.training.precision
-        return with_reference(data[0], model, precision=precision), with_reference(data[1], model, precision=precision)
+        at_once = micro_batch(experiment.training), experiment.training.precision
+        return with_reference(data[0], model, *at_once), with_reference(data[1], model, *at_once)
     if (task := experiment.dataset.task) is not None and experiment.objective == "grpo":
         tokenizer, size = experiment.base.tokenizer, experiment.group_size
         most = longest([example.completion for example in task.train], tokenizer)

@@ -11,7 +11,7 @@ import torch
 
 from minilora.adapters.inject import count_parameters, lora_layers, remove_lora
 from minilora.adapters.prompts import Prompt
-from minilora.experiments.goals import data_of, objective_of, start_from
+from minilora.experiments.goals import data_of, micro_batch, objective_of, start_from
 from minilora.experiments.methods import BaseFolder, Experiment, finish, prepare, training_options
 from minilora.inference.evaluate import score_task
 from minilora.model import GPT
@@ -159,11 +159,11 @@ class Run:
             save_model(self.model, directory, self.experiment.base.companions(), overwrite)
         return sum((directory / name).stat().st_size for name in written)
 
-    def save_base(self, directory: Path):
+    def save_base(self, directory: Path, overwrite: bool = False):
         """Writes the model that the run's adapter acts on. The adapter is taken out: save it before."""
         model = self.model.base_model if isinstance(self.model, Prompt) else self.model
         remove_lora(model)
-        save_model(model, directory, self.experiment.base.companions())
+        save_model(model, directory, self.experiment.base.companions(), overwrite)
 
 
 def run(
@@ -219,8 +219,8 @@ def finetune(
     """Trains, saves an adapter or a model under `out`, and returns a summary. A killed run goes on with `resume`.
 
     LoftQ's adapter fits a base that LoftQ made itself, and what goes on from a trained adapter fits the base with that
-    adapter merged; such a base is written to `out`/base. `overwrite` replaces a model by
-    an adapter or an adapter by a model; without it, `out` must not hold the other kind. One run writes `out` at a time.
+    adapter merged; such a base is written to `out`/base. `overwrite` replaces a model by an adapter or an adapter by a
+    model, in both folders; without it, neither may hold the other kind. One run writes `out` at a time.
     """
     for folder in (out, out / "base"):
         sources = dict(base=experiment.base.directory, adapter=experiment.adapter, teacher=experiment.teacher)
@@ -233,11 +233,14 @@ def finetune(
 def _finetune(experiment: Experiment, out: Path, resume: bool, progress: bool, overwrite: bool) -> dict:
     state = out / "training_state.safetensors"
     check_resume(state, resume)
-    companions = experiment.base.companions() if experiment.method == "full" else {}
-    check_free(out, (*files_of(experiment.method), *companions), overwrite)
+    companions = experiment.base.companions()
+    own_files = *files_of(experiment.method), *(companions if experiment.method == "full" else ())
+    check_free(out, own_files, overwrite)
+    own_base = experiment.method == "loftq" or (experiment.adapter is not None and experiment.method != "full")
+    if own_base:
+        check_free(out / "base", (MODEL_WEIGHTS, MODEL_CONFIG, *companions), overwrite)
     finished = run(experiment, state, resume, progress)
     model, base, dataset = finished.model, experiment.base, experiment.dataset
-    own_base = experiment.method == "loftq" or (experiment.adapter is not None and experiment.method != "full")
     if own_base:
         vars(model)["name_or_path"] = str((out / "base").resolve())
     size = finished.save(out, overwrite)
@@ -254,12 +257,13 @@ def _finetune(experiment: Experiment, out: Path, resume: bool, progress: bool, o
         "artifact_bytes": size,
     }
     if experiment.objective == "dpo":
-        summary["chosen_likelier"] = preferred(model, dataset.validation, precision=experiment.training.precision)
+        at_once = micro_batch(experiment.training), experiment.training.precision
+        summary["chosen_likelier"] = preferred(model, dataset.validation, *at_once)
     if rewards := finished.history.rewards:
         summary |= {"first_reward": rewards[0][1], "last_reward": rewards[-1][1]}  # means over a step's samples
         summary["agreeing_groups"] = sum(agree for *_, agree in rewards) / len(rewards)  # without gradient
     if own_base:
-        finished.save_base(out / "base")
+        finished.save_base(out / "base", overwrite)
         summary["base"] = str(out / "base")
     state.unlink()  # last: killed before this, the run can be resumed
     return summary

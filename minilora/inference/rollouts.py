@@ -46,7 +46,7 @@ def sample(
     for _ in range(max_new_tokens):
         logits = model.lm_head(model.model(ids, cache)[:, -1])[:, :vocab_size]  # (B, V)
         if not logits.isfinite().all():
-            raise NonFiniteError("the logits to draw from are not finite: try a lower learning rate or a longer warm-up")
+            raise NonFiniteError("the logits to draw from are not finite: try a lower learning rate")
         tokens = torch.multinomial((logits.double().cpu() / temperature).softmax(-1), 1, generator=dice)  # (B, 1)
         for row in list(running):
             drawn[row].append(int(tokens[row]))
