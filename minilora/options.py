@@ -10,7 +10,7 @@ from minilora import ranges
 from minilora.command import a_name, a_path, a_text, number
 from minilora.experiments.claims.study import BASES
 from minilora.experiments.goals import TASK
-from minilora.experiments.methods import DEFAULT_METHODS, METHODS, OBJECTIVES, Experiment
+from minilora.experiments.methods import DEFAULT_METHODS, GROUP, METHODS, OBJECTIVES, Experiment
 from minilora.experiments.run import BASE
 from minilora.experiments.simulate import SIMULATED_DTYPES, SIMULATED_METHODS, SIMULATED_OBJECTIVES
 from minilora.levels import LEVELS
@@ -46,7 +46,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--adapter": dict(type=a_path, help="an adapter folder in PEFT layout"),
     "--alpha": number(ranges.ALPHA, "lora_alpha (twice the rank)"),
     "--autocast": FLAG | dict(help="matrix products in bfloat16 whatever the weights are"),
-    "--beta": number(ranges.NOT_NEGATIVE, "of dpo (0.1), above 0, or the weight of grpo's KL divergence (0)"),
+    "--beta": number(
+        ranges.NOT_NEGATIVE, "how strongly a run is held to its start, for dpo (0.1, never 0) and for grpo (0)"
+    ),
     "--base": dict(type=a_path, default=BASE, help="a model folder, a GGUF file, or a name that get knows"),
     "--batch-size": number(ranges.BATCH_SIZE, "sequences per step (16, of instruction data 8)"),
     "--block-size": dict(type=int, choices=BLOCK_SIZES, default=QLORA.block_size, help="weights with one scale"),
@@ -66,7 +68,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--force": FLAG | dict(help="load an adapter that was trained on another base"),
     "--gradient-checkpointing": FLAG | dict(help="keep less for backward, compute it again"),
     "--group-by-length": SWITCH | dict(help="batches of rows of like length: less padding"),
-    "--group-size": number(ranges.GROUP_SIZE, "of grpo, samples of a prompt", default=Experiment.group_size),
+    "--group-size": number(ranges.GROUP_SIZE, f"of grpo, samples of a prompt ({GROUP})"),
     "--learning-rate": number(ranges.LEARNING_RATE, "instead of the tuned one"),
     "--loraplus-ratio": number(ranges.LORAPLUS_RATIO, "B's rate over A's", default=Experiment.loraplus_ratio),
     "--max-new-tokens": number(ranges.NEW_TOKENS, "64, for an answer of a chat 512"),

@@ -17,6 +17,7 @@ from minilora.experiments.methods import METHODS
 from minilora.experiments.run import finetune, run
 from minilora.text.batches import example_row
 from minilora.text.preferences import is_first_wording, load_preferences, world_pairs
+from minilora.text.tasks import Task
 from minilora.train_settings import IGNORE
 
 LENGTH = 60
@@ -248,6 +249,11 @@ def test_the_command_line_goes_on_from_an_adapter_to_a_teachers_word(
         (("--objective", "dpo", "--data", "nowhere.jsonl"), "'nowhere.jsonl' is neither pairs of the world (voice,"),
         (("--objective", "dpo", "--task", "pirate"), "'pirate' is neither pairs of the world"),
         (("--objective", "dpo", "--data", "PAIRS", "--dropout", "0.1"), "objective dpo with lora_dropout 0.1"),
+        (("--beta", "0.2"), "objective sft has no use for a beta"),
+        (("--objective", "distill", "--teacher", "BASE", "--beta", "0"), "objective distill has no use for a beta"),
+        (("--group-size", "8"), "objective sft has no use for a group size"),
+        (("--objective", "dpo", "--data", "PAIRS", "--group-size", "4"), "objective dpo has no use for a group size"),
+        (("--objective", "grpo", "--group-by-length"), "objective grpo has no use for group_by_length"),
         (("--objective", "distill"), "distill needs a teacher"),
         (("--teacher", "BASE"), "sft has no use for a teacher"),
         (("--objective", "distill", "--teacher", "nowhere"), "nowhere"),
@@ -260,7 +266,8 @@ def test_what_cannot_work_is_one_sentence(
 ):
     places = {"PAIRS": pairs_file, "BASE": base_folder.directory, "TRAINED": trained}
     if "dpo" not in more:
-        monkeypatch.setattr("minilora.__main__.load_data", lambda *_: make_experiment().dataset)
+        task = Task("count", [], [], lambda example, answer: True)
+        monkeypatch.setattr("minilora.__main__.load_data", lambda *_: replace(make_experiment().dataset, task=task))
     status = main(words(base_folder, tmp_path / "out", *(places.get(word, word) for word in more)))
     said = capsys.readouterr().err.strip().splitlines()
     assert status == 2 and "error: " in said[-1] and fault in said[-1], f"status {status}, it said {said}"
@@ -286,3 +293,5 @@ def test_dropout_and_unknown_objectives_are_refused_before_anything_is_loaded(ma
         make_experiment(objective="dpo", beta=0)
     with pytest.raises(ValueError, match="dropout must be 0"):
         make_experiment(objective="dpo", lora=LoRAConfig(2, 4, 0.1))
+    for method in ("full", "soft-prompt"):  # where nothing is dropped
+        assert make_experiment(method, objective="dpo", lora=LoRAConfig(2, 4, 0.1)).lora.lora_dropout == 0.1

@@ -97,7 +97,7 @@ def data_of(experiment: Experiment, model: GPT | Prompt) -> tuple[Rows, Rows | N
         at_once = micro_batch(experiment.training), experiment.training.precision
         return with_reference(data[0], model, *at_once), with_reference(data[1], model, *at_once)
     if (task := experiment.dataset.task) is not None and experiment.objective == "grpo":
-        tokenizer, size = experiment.base.tokenizer, experiment.group_size
+        tokenizer, size = experiment.base.tokenizer, experiment.samples
         most = longest([example.completion for example in task.train], tokenizer)
         return Rollouts(task.train, task.is_right, tokenizer, most, size), None
     return data

@@ -46,6 +46,7 @@ PROMPT_METHODS: dict[str, type[Prompt]] = {"soft-prompt": SoftPrompt, "prefix": 
 METHODS = ("full", *LORA_CHANGES, *PROMPT_METHODS)
 OBJECTIVES = ("sft", "dpo", "grpo", "distill")
 DEFAULT_METHODS = ("full", "lora", "qlora")
+GROUP = 8  # samples of a prompt
 EVA_ROWS = 64  # of the training data, whose activations tell where A starts
 
 
@@ -86,7 +87,7 @@ class Experiment:
     loraplus_ratio: float = 16  # B's learning rate over A's
     objective: str = "sft"
     beta: float | None = None  # of dpo, 0.1 by default, and of grpo the weight of the KL divergence, 0
-    group_size: int = 8  # of grpo: samples of each prompt
+    group_size: int | None = None  # of grpo: samples of each prompt, 8 by default
     teacher: Path | None = None  # of distill: a model or an adapter on the base
     adapter: Path | None = None  # merged into the base before training begins
 
@@ -103,6 +104,10 @@ class Experiment:
     def check_objective(self):
         if self.objective not in OBJECTIVES:
             raise ValueError(f"unknown objective {self.objective!r}; known: {', '.join(OBJECTIVES)}")
+        if self.beta is not None and self.objective not in ("dpo", "grpo"):
+            raise ValueError(f"objective {self.objective} has no use for a beta: it is of dpo and grpo (--beta)")
+        if self.group_size is not None and self.objective != "grpo":
+            raise ValueError(f"objective {self.objective} has no use for a group size: it is of grpo (--group-size)")
         if self.beta is not None:
             (NOT_NEGATIVE if self.objective == "grpo" else BETA).check("beta", self.beta)
         if self.objective == "grpo":
@@ -110,7 +115,7 @@ class Experiment:
         if (self.objective == "distill") != (self.teacher is not None):
             fault = "distill needs a teacher" if self.teacher is None else f"{self.objective} has no use for a teacher"
             raise ValueError(f"objective {fault}: --objective distill --teacher DIR, a model or an adapter on the base")
-        if self.objective in ("dpo", "grpo") and self.lora.lora_dropout > 0:
+        if self.objective in ("dpo", "grpo") and self.method in LORA_CHANGES and self.lora.lora_dropout > 0:
             fault = f"objective {self.objective} with lora_dropout {self.lora.lora_dropout:g}"
             raise ValueError(
                 f"{fault}: the model that it is held against has none, and noise would part them; dropout must be 0"
@@ -120,15 +125,24 @@ class Experiment:
             raise ValueError(f"{fault}; go on from an adapter with lora, or merge it and quantize on purpose")
 
     def check_rewards(self):
-        GROUP_SIZE.check("group_size", self.group_size)
+        GROUP_SIZE.check("group_size", self.samples)
         if self.dataset.task is None:
             raise ValueError(f"objective grpo needs answers that can be scored, and nothing scores {self.dataset.name}")
-        if self.training.batch_size % self.group_size:
+        if self.training.group_by_length:
+            raise ValueError(
+                "objective grpo has no use for group_by_length: answers have no length before they are drawn"
+            )
+        if self.training.batch_size % self.samples:
             fault = f"batch_size is {self.training.batch_size}; under objective grpo it must be whole groups"
-            raise ValueError(f"{fault} of group_size, which is {self.group_size}")
+            raise ValueError(f"{fault} of group_size, which is {self.samples}")
         if self.beta and not self.starts_as_base:
             fault = f"method {self.method} leaves no adapter to switch off for a reference"
             raise ValueError(f"objective grpo with beta {self.beta:g}: {fault}; use lora, or beta 0")
+
+    @property
+    def samples(self) -> int:
+        """Of each prompt, under grpo."""
+        return GROUP if self.group_size is None else self.group_size
 
     @property
     def starts_as_base(self) -> bool:
