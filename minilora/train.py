@@ -19,7 +19,6 @@ Letters in the shape comments: B rows of a batch, b of a micro-batch, T tokens, 
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
-from minilora.dtypes import HALF_PRECISION
+from minilora.dtypes import HALF_PRECISION, computing_in
 from minilora.rows import batch_of, pieces_of, row_lengths, taken
 from minilora.storage.training_state import load_training_state, run_identity, save_training_state
 from minilora.train_settings import (
@@ -92,11 +91,9 @@ def next_token_targets(labels: Tensor) -> Tensor:
 
 def forward(model: nn.Module, input_ids: Tensor, where: tuple[Tensor, ...], precision: str) -> Tensor:
     """input_ids (b, T) -> logits (N, V) at the places `where`, in float32 at least: a softmax's sum over V terms needs
-    the digits. Matrix products run in bfloat16 for precision "bfloat16", and on CUDA for "auto".
+    the digits.
     """
-    device = input_ids.device.type
-    bfloat16 = precision == "bfloat16" or (precision == "auto" and device == "cuda")
-    with torch.autocast(device, torch.bfloat16) if bfloat16 else nullcontext():
+    with computing_in(precision, input_ids.device.type):
         logits = model(input_ids, where=where)
     return logits.float() if logits.dtype in HALF_PRECISION else logits
 

@@ -190,6 +190,14 @@ def test_an_answer_that_is_cut_has_no_end_token_and_each_step_draws_anew(make_mo
     assert steps[0] != steps[1], "the same prompt and weights at another step give other samples"
 
 
+@pytest.mark.parametrize("precision, kinds", [("bfloat16", {torch.bfloat16}), ("float32", {torch.float32})])
+def test_samples_are_drawn_in_the_precision_of_the_loss(make_model, rollouts, precision, kinds):
+    model, found = make_model(), set()
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: found.add(logits.dtype))
+    rollouts.draw(model, 0, replace(CONFIG, precision=precision))
+    assert found == kinds, f"precision {precision}: the logits to draw from are {found}"
+
+
 # --- in the loop -----------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ Letters in the shape comments: B samples, T tokens, V vocab_size.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minilora.adapters.prompts import Prompt
+from minilora.dtypes import computing_in
 from minilora.inference.generate import end_ids, left_pad
 from minilora.model import KVCache
 from minilora.objectives import group_advantages
@@ -31,7 +32,14 @@ from minilora.train_settings import IGNORE, NonFiniteError, TrainConfig
 
 @torch.no_grad()
 def sample(
-    model: Any, prompts: list[list[int]], max_new_tokens: int, temperature: float, vocab_size: int, ends, seed: int
+    model: Any,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+    vocab_size: int,
+    ends: Collection[int],
+    seed: int,
+    precision: str = "auto",
 ) -> list[list[int]]:
     """What softmax(logits / temperature) draws after each prompt, up to and with an end token; one draw for all rows.
 
@@ -44,7 +52,8 @@ def sample(
     running = set(range(len(prompts)))
     model.eval()
     for _ in range(max_new_tokens):
-        logits = model.lm_head(model.model(ids, cache)[:, -1])[:, :vocab_size]  # (B, V)
+        with computing_in(precision, ids.device.type):  # as in the loss
+            logits = model.lm_head(model.model(ids, cache)[:, -1])[:, :vocab_size]  # (B, V)
         if not logits.isfinite().all():
             raise NonFiniteError("the logits to draw from are not finite: try a lower learning rate")
         tokens = torch.multinomial((logits.double().cpu() / temperature).softmax(-1), 1, generator=dice)  # (B, 1)
@@ -105,7 +114,7 @@ class Rollouts:
         numbers = [number for number in chosen.tolist() for _ in range(size)]
         ends, seed = end_ids(self.tokenizer.end_ids), 1_000_003 * config.seed + step
         prompts = [self.prompts[number] for number in numbers]
-        how = self.max_new_tokens, self.temperature, self.tokenizer.vocab_size, ends, seed
+        how = self.max_new_tokens, self.temperature, self.tokenizer.vocab_size, ends, seed, config.precision
         drawn = sample(model, prompts, *how)
         rewards = []
         for number, ids in zip(numbers, drawn, strict=True):
