@@ -96,7 +96,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--steps": number(ranges.STEPS, "optimizer steps (150, of instruction data 30 or four passes)"),
     "--targets": dict(type=a_name, default="all-linear", help="q_proj,v_proj or a regular expression or all-linear"),
     "--task": dict(choices=TASKS),
-    "--teacher": dict(type=a_path, help="of distill: a model folder, or an adapter folder on the base"),
+    "--teacher": dict(type=a_path, help="of distill: a model as --base takes it, or an adapter folder on the base"),
     "--temperature": number(ranges.TEMPERATURE, "0 takes the likeliest token", default=0.0),
     "--top-k": number(ranges.TOP_K, "only the likeliest tokens"),
     "--top-p": number(ranges.TOP_P, "only the likeliest tokens, of this probability together"),

@@ -1,6 +1,7 @@
 """Pairs of answers from files and from the world, and `finetune` with every objective and from a trained adapter."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from minilora.experiments import run as run_file
 from minilora.experiments.goals import start_from
 from minilora.experiments.methods import METHODS
 from minilora.experiments.run import finetune, run
+from minilora.storage import get
 from minilora.text.batches import example_row
 from minilora.text.preferences import is_first_wording, load_preferences, world_pairs
 from minilora.text.tasks import Task
@@ -143,8 +145,12 @@ def test_a_new_adapter_starts_where_the_old_one_ended(make_experiment, base_fold
     with disable_lora(again):
         assert torch.equal(again(ids), base(ids)), "the new adapter switched off is that start bit for bit"
     assert not torch.equal(again(ids), base(ids)), "and switched on it is something new"
-    with pytest.raises(ValueError, match="another base"):
+    own = re.escape(f"another base than this model; use the one beside it (--base {tmp_path / 'base'})")
+    with pytest.raises(ValueError, match=f"{own}$"):
         load_adapter(base_folder.load(), tmp_path)
+    for further in (dict(adapter=tmp_path), dict(objective="distill", teacher=tmp_path)):
+        with pytest.raises(ValueError, match=f"{own}$"):
+            run(make_experiment(**further), progress=False)
 
 
 @pytest.mark.parametrize("method", ["full", "soft-prompt"])
@@ -279,6 +285,16 @@ def test_a_prompt_is_no_start(make_experiment, base_folder, tmp_path):
     finetune(make_experiment("soft-prompt"), tmp_path, progress=False)
     with pytest.raises(ValueError, match="holds a prompt, which cannot be merged"):
         start_from(base_folder.load(), tmp_path)
+
+
+def test_a_teacher_is_found_as_a_base_is(make_experiment, base_folder, tmp_path, monkeypatch):
+    """By the name of a model that get has fetched, which no run writes over."""
+    shutil.copytree(base_folder.directory, tmp_path / "smollm2")
+    monkeypatch.setattr(get, "MODELS", tmp_path)
+    student = make_experiment("qlora", objective="distill", teacher=Path("smollm2"))
+    assert run(student, progress=False).history.validation_loss
+    with pytest.raises(ValueError, match="smollm2 is the teacher itself"):
+        finetune(student, tmp_path / "smollm2", progress=False)
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(make_experiment):

@@ -20,6 +20,7 @@ from minilora.inference.rollouts import Rollouts
 from minilora.model import GPT
 from minilora.objectives import Distillation, GroupPolicy, Preference, with_reference
 from minilora.storage.adapters import load_adapter
+from minilora.storage.get import find_base
 from minilora.storage.models import load_model
 from minilora.storage.peft import ADAPTER_CONFIG, base_quantization, peft_type
 from minilora.storage.prompts import PROMPTS, load_prompt
@@ -57,8 +58,13 @@ def start_from(model: GPT, adapter: Path) -> GPT:
     return model
 
 
+def find_teacher(teacher: Path) -> Path:
+    """An adapter folder, or a model as `find_base` finds one. Raises FileNotFoundError where there is none."""
+    return teacher if (teacher / ADAPTER_CONFIG).is_file() else find_base(teacher)
+
+
 def load_teacher(base: BaseFolder, teacher: Path) -> GPT | Prompt:
-    """A model folder, or an adapter folder, whose adapter is put on the base in the form that it was trained on.
+    """A model, or an adapter, which is put on the base in the form that it was trained on.
 
     Raises FileNotFoundError and ValueError as the loaders do, and ValueError for a model with another tokenizer.
     """
@@ -78,7 +84,7 @@ def objective_of(experiment: Experiment) -> Objective:
         return GroupPolicy(experiment.beta or 0.0, vocab_size=experiment.base.tokenizer.vocab_size)
     if experiment.objective == "distill":
         assert experiment.teacher is not None
-        return Distillation(load_teacher(experiment.base, experiment.teacher))
+        return Distillation(load_teacher(experiment.base, find_teacher(experiment.teacher)))
     return CROSS_ENTROPY
 
 

@@ -11,7 +11,7 @@ import torch
 
 from minilora.adapters.inject import count_parameters, lora_layers, remove_lora
 from minilora.adapters.prompts import Prompt
-from minilora.experiments.goals import data_of, micro_batch, objective_of, start_from
+from minilora.experiments.goals import data_of, find_teacher, micro_batch, objective_of, start_from
 from minilora.experiments.methods import BaseFolder, Experiment, finish, prepare, training_options
 from minilora.inference.evaluate import score_task
 from minilora.model import GPT
@@ -222,8 +222,9 @@ def finetune(
     adapter merged; such a base is written to `out`/base. `overwrite` replaces a model by an adapter or an adapter by a
     model, in both folders; without it, neither may hold the other kind. One run writes `out` at a time.
     """
+    teacher = None if experiment.teacher is None else find_teacher(experiment.teacher)
+    sources = dict(base=experiment.base.directory, adapter=experiment.adapter, teacher=teacher)
     for folder in (out, out / "base"):
-        sources = dict(base=experiment.base.directory, adapter=experiment.adapter, teacher=experiment.teacher)
         check_apart(folder, **sources)
     make_folder(out)
     with locked(out, patience=0):

@@ -95,7 +95,10 @@ def check_base(model: GPT, directory: Path):
     elif ours:
         difference = " (both in 4 bits, but of other weights: a LoftQ adapter fits the base saved with it)"
     fault = f"was trained on another base than this model{difference}"
-    raise ValueError(f"{directory} {fault}; force=True (--force) loads it all the same")
+    own = directory / "base"  # written by the run that made the adapter, where that began elsewhere than its base
+    if own.is_dir() and vars(model).get("name_or_path") != str(own.resolve()):
+        raise ValueError(f"{directory} {fault}; use the one beside it (--base {own})")
+    raise ValueError(f"{directory} {fault}; force=True (generate --force) loads it all the same")
 
 
 def _note(path: Path, key: str) -> str | None:
