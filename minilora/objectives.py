@@ -4,8 +4,9 @@ First the formulas, each with its source, then what the training loop is handed:
 entropy (`train_settings.Objective`) in what they count, what they must know before the forward pass, and the loss.
 
 All of them compare the model in training with another: a reference that it must not leave, or a teacher. On adapters a
-reference costs no memory. The base is frozen and was the model when training began, so with the adapter switched off
-the model IS the reference, and a forward pass without gradients is all that it takes.
+reference costs no memory. The base is frozen, and where ΔW is 0 at the start it was the model when training began. So
+with the adapter switched off the model IS the reference, and a forward pass without gradients is all that it takes.
+Where ΔW is not 0, as with LoftQ or a loaded adapter, `with_reference` asks the model as it starts.
 
 Letters in the shape comments: B rows or pairs, T tokens, V vocab_size, N places that count.
 """
@@ -125,8 +126,9 @@ def grpo_loss(
 class Preference(Objective):
     """DPO on pairs: data (N, 2, T), in each the chosen answer's row and then the rejected one's.
 
-    The reference is the model with its adapter switched off. Where nothing can be switched off, as in full fine-tuning,
-    the data brings the reference's log-probabilities along: `with_reference`.
+    The reference is the model with its adapter switched off: the start of training where ΔW is 0 then. Else, as with
+    LoftQ or a loaded adapter, and where nothing can be switched off, as in full fine-tuning, the data brings the
+    reference's log-probabilities along: `with_reference`.
     """
 
     def __init__(self, beta: float = 0.1):
@@ -261,7 +263,14 @@ class GroupPolicy(Objective):
         return {"objective": "grpo", "beta": self.beta, "temperature": self.temperature}
 
     def check(self, model: nn.Module, data: Rows, name: str):
-        """Raises ValueError for dropout, and for a KL divergence without an adapter to switch off."""
+        """Raises ValueError for data that draws no samples or at another temperature, for dropout, and for a KL
+        divergence without an adapter to switch off."""
+        if not hasattr(data, "draw"):
+            raise ValueError(f"{name}: a group policy learns from samples of the model, inference.rollouts.Rollouts")
+        if (drawn := getattr(data, "temperature", self.temperature)) != self.temperature:
+            raise ValueError(
+                f"{name}: samples are drawn at temperature {drawn:g}, the policy's is {self.temperature:g}"
+            )
         super().check(model, data, name)
         check_no_dropout(model)
         if self.beta > 0 and not any(lora_layers(model)):
