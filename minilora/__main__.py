@@ -123,8 +123,11 @@ def pretrain(options):
 def finetune(options):
     """One method on one data set; writes an adapter or a model. --resume goes on after a kill."""
     (experiment,) = experiments_of(options, [options.method])
-    for name, value in finetune_method(experiment, options.out, options.resume, overwrite=options.overwrite).items():
+    summary = finetune_method(experiment, options.out, options.resume, overwrite=options.overwrite)
+    for name, value in summary.items():
         print(f"{name:<22}{value}")
+    if summary.get("agreeing_fraction") == 1:
+        print("nothing was learned: in every group of every step all rewards were the same", file=sys.stderr)
 
 
 def generate(options):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from minilora.experiments.run import run
 from minilora.inference.rollouts import Rollouts, sample
 from minilora.model import GPT, GPTConfig
 from minilora.objectives import GroupPolicy, group_advantages, grpo_loss, kl_estimate, token_log_probs
+from minilora.text.batches import Batches
 from minilora.text.tasks import Example, Task
 from minilora.train import make_optimizer, train, training_step
 from minilora.train_settings import NonFiniteError, TrainConfig
@@ -277,10 +279,10 @@ def test_interrupted_and_resumed_is_uninterrupted(make_model, rollouts, tmp_path
     torch.manual_seed(77)
     with pytest.raises(ValueError, match="beta was"):
         go(resume=True, other=GroupPolicy(0.7))
-    rollouts.temperature = 0.5
+    rollouts.max_new_tokens = 4
     with pytest.raises(ValueError, match="rollouts was"):
         go(resume=True)
-    rollouts.temperature = 1.0
+    rollouts.max_new_tokens = 5
     resumed, resumed_rewards = go(resume=True)
     gap = max((whole[name] - resumed[name]).abs().max().item() for name in whole)
     assert gap == 0, f"the resumed run should end bit for bit with the same weights, and differs by {gap:.2e}"
@@ -315,6 +317,11 @@ def test_a_policy_that_diverges_is_named_with_its_step(make_model, rollouts):
 def test_what_does_not_fit_is_refused(make_model, rollouts, tokenizer, make_experiment):
     with pytest.raises(ValueError, match="batch_size is 6; it must be whole groups of group_size, which is 4"):
         train(make_model(), rollouts, replace(CONFIG, batch_size=6), objective=GroupPolicy(), progress=False)
+    with pytest.raises(ValueError, match="the training data: samples are drawn at temperature 1, the policy's is 0.5"):
+        train(make_model(), rollouts, CONFIG, objective=GroupPolicy(temperature=0.5), progress=False)
+    rows = Batches(rollouts.input_ids, rollouts.labels)
+    with pytest.raises(ValueError, match="the training data: a group policy learns from samples"):
+        train(make_model(), rows, CONFIG, objective=GroupPolicy(), progress=False)
     with pytest.raises(ValueError, match="has dropout 0.1"):
         train(make_model(dropout=0.1), rollouts, CONFIG, objective=GroupPolicy(), progress=False)
     with pytest.raises(ValueError, match="group_size is 1; it must be a whole number from 2"):
@@ -343,5 +350,9 @@ def test_the_command_line_shows_rewards(base_folder, tmp_path, capsys):
     goal = ["--objective", "grpo", "--task", "facts", "--group-size", "2", "--batch-size", "4", "--steps", "1"]
     where = ["--base", str(base_folder.directory), "--out", str(tmp_path), "--rank", "2", "--count", "2"]
     assert main(["finetune", *where, *goal]) == 0
-    said = capsys.readouterr().out
-    assert "last_reward" in said and "agreeing_groups" in said, said
+    said, noted = capsys.readouterr()
+    assert "last_reward" in said and "agreeing_fraction" in said, said
+    line = "nothing was learned: in every group of every step all rewards were the same"
+    assert re.search("agreeing_fraction +1.0", said) and line in noted, (
+        f"an untrained model has no answer: {said} {noted}"
+    )

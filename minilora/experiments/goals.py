@@ -14,7 +14,7 @@ from typing import Any
 
 from minilora.adapters.inject import absorb_lora
 from minilora.adapters.prompts import Prompt
-from minilora.experiments.methods import BaseFolder, Experiment
+from minilora.experiments.methods import IN_4_BITS, LORA_CHANGES, BaseFolder, Experiment
 from minilora.inference.evaluate import longest
 from minilora.inference.rollouts import Rollouts
 from minilora.model import GPT
@@ -63,6 +63,14 @@ def find_teacher(teacher: Path) -> Path:
     return teacher if (teacher / ADAPTER_CONFIG).is_file() else find_base(teacher)
 
 
+def check_teacher(experiment: Experiment, teacher: Path):
+    """Raises ValueError for a teacher that the student equals before training: nothing is left to learn from it."""
+    start = experiment.adapter or experiment.base.directory
+    as_start = experiment.method == "full" or (experiment.method in LORA_CHANGES and experiment.method not in IN_4_BITS)
+    if as_start and teacher.resolve() == start.resolve():
+        raise ValueError(f"the teacher {teacher} is what the student starts from, which has nothing to learn from it")
+
+
 def load_teacher(base: BaseFolder, teacher: Path) -> GPT | Prompt:
     """A model, or an adapter, which is put on the base in the form that it was trained on.
 
@@ -84,7 +92,9 @@ def objective_of(experiment: Experiment) -> Objective:
         return GroupPolicy(experiment.beta or 0.0, vocab_size=experiment.base.tokenizer.vocab_size)
     if experiment.objective == "distill":
         assert experiment.teacher is not None
-        return Distillation(load_teacher(experiment.base, find_teacher(experiment.teacher)))
+        teacher = find_teacher(experiment.teacher)
+        check_teacher(experiment, teacher)
+        return Distillation(load_teacher(experiment.base, teacher))
     return CROSS_ENTROPY
 
 

@@ -43,6 +43,7 @@ LORA_CHANGES: dict[str, dict[str, Any]] = {
     "adalora": {},
 }
 PROMPT_METHODS: dict[str, type[Prompt]] = {"soft-prompt": SoftPrompt, "prefix": PrefixTuning}
+IN_4_BITS = ("qlora", "loftq")  # which round the base
 METHODS = ("full", *LORA_CHANGES, *PROMPT_METHODS)
 OBJECTIVES = ("sft", "dpo", "grpo", "distill")
 DEFAULT_METHODS = ("full", "lora", "qlora")
@@ -120,7 +121,7 @@ class Experiment:
             raise ValueError(
                 f"{fault}: the model that it is held against has none, and noise would part them; dropout must be 0"
             )
-        if self.adapter is not None and self.method in ("qlora", "loftq"):
+        if self.adapter is not None and self.method in IN_4_BITS:
             fault = f"method {self.method} rounds the base to 4 bits, and most of what {self.adapter} learned with it"
             raise ValueError(f"{fault}; go on from an adapter with lora, or merge it and quantize on purpose")
 
@@ -156,7 +157,7 @@ class Experiment:
         settings: dict[str, Any] = {}
         if method in LORA_CHANGES:
             settings["lora"] = asdict(replace(self.lora, **LORA_CHANGES[method]))
-        if method in ("qlora", "loftq"):
+        if method in IN_4_BITS:
             settings["quantization"] = asdict(self.quantization)
         if method == "lora+":
             settings["loraplus_ratio"] = self.loraplus_ratio

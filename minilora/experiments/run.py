@@ -262,7 +262,7 @@ def _finetune(experiment: Experiment, out: Path, resume: bool, progress: bool, o
         summary["chosen_likelier"] = preferred(model, dataset.validation, *at_once)
     if rewards := finished.history.rewards:
         summary |= {"first_reward": rewards[0][1], "last_reward": rewards[-1][1]}  # means over a step's samples
-        summary["agreeing_groups"] = sum(agree for *_, agree in rewards) / len(rewards)  # without gradient
+        summary["agreeing_fraction"] = sum(agree for *_, agree in rewards) / len(rewards)  # of groups: no gradient
     if own_base:
         finished.save_base(out / "base", overwrite)
         summary["base"] = str(out / "base")
