@@ -93,6 +93,10 @@ def test_pairs_that_are_too_long_are_left_out_by_their_longer_answer(tokenizer, 
         (line(rejected=""), '"rejected" is empty'),
         (line(rejected=4), '"rejected" is 4, not a string'),
         ({"prompt": "Two?", "completion": "2"}, 'a pair needs "prompt", "chosen" and "rejected"'),
+        (
+            {key: [{"role": "user", "content": "Two?"}] for key in ("chosen", "rejected")},
+            'a pair of lists of messages has its prompt within; write what both begin with as "prompt"',
+        ),
         ([1], "an object in braces is needed"),
     ],
 )

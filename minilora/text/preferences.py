@@ -1,4 +1,5 @@
-"""Pairs of answers, one of which is preferred: from a JSONL file, one pair a line, as TRL reads them,
+"""Pairs of answers, one of which is preferred: from a JSONL file, one pair a line in TRL's standard format with an
+explicit prompt,
 
     {"prompt": "Two plus two?", "chosen": "Four.", "rejected": "Five, I think."}
 
@@ -60,6 +61,9 @@ def load_preferences(name: str, tokenizer: AnyTokenizer, sequence_length: int, c
 
 def read_pair(number: int, text: str, tokenizer: AnyTokenizer) -> Line:
     entry = parse_object(text)
+    if "prompt" not in entry and any(isinstance(entry.get(key), list) for key in ("chosen", "rejected")):
+        fault = "a pair of lists of messages has its prompt within"
+        raise ValueError(f'{fault}; write what both begin with as "prompt" and each answer, all three as strings')
     for key in ("prompt", "chosen", "rejected"):
         if key not in entry:
             raise ValueError('a pair needs "prompt", "chosen" and "rejected"')
