@@ -112,3 +112,9 @@ def level_pairs(scheme: str, device: torch.device) -> Tensor:
 def scale_levels_on(device: torch.device) -> Tensor:
     """SCALE_LEVELS, moved to a device once: every move there waits until the device has done all its work."""
     return SCALE_LEVELS.to(device)
+
+
+def chunk_on(device: torch.device) -> int:
+    """How many weights are handled at a time: few, so that temporaries are small and stay in a processor's cache. A GPU
+    takes eight times as many, because there the start of a kernel would take longer than the kernel."""
+    return 2**20 if device.type == "cpu" else 2**23

@@ -28,11 +28,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minilora.levels import LEVELS, encode, level_pairs, nearest, pack_codes, scale_levels_on
+from minilora.levels import LEVELS, chunk_on, encode, level_pairs, nearest, pack_codes, scale_levels_on
 
 SCALE_BLOCK = 256  # scales that share a scale under double quantization
-CHUNK = 2**20  # weights handled at a time: temporaries stay small, and in the processor's cache
-WAVES = 8  # times as many on a GPU, where the start of a kernel would take longer than the kernel
 BLOCK_SIZES = [2**power for power in range(4, 13)]  # 16 to 4096: a chunk holds whole blocks
 TINY = 1e-38  # in place of a scale of zero, which cannot be divided by
 
@@ -129,10 +127,6 @@ def quantize(weight: Tensor, scheme: str = "nf4", block_size: int = 64, double_q
     check_finite("the weight", scales)  # a block with NaN or infinity in it has no finite absmax
     quantized = QuantizedTensor(codes, scales, scheme, block_size, tuple(weight.shape), weight.dtype)
     return quantize_scales(quantized) if double_quant else quantized
-
-
-def chunk_on(device: torch.device) -> int:
-    return CHUNK if device.type == "cpu" else WAVES * CHUNK
 
 
 def check_finite(name: str, tensor: Tensor):

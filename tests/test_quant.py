@@ -150,7 +150,7 @@ def test_neither_the_size_of_a_chunk_nor_strides_matter(scheme, block_size, monk
     weights = [normal(size).requires_grad_() for size in (256, 257, 512, 1000, 1001)] + [normal(30, 50).T]
     wholes = [quantize(weight.contiguous(), scheme, block_size, True) for weight in weights]
     expected = [dequantize(whole) for whole in wholes]
-    monkeypatch.setattr(quant, "CHUNK", 256)
+    monkeypatch.setattr(quant, "chunk_on", lambda device: 256)
     for weight, whole, values in zip(weights, wholes, expected, strict=True):
         got = quantize(weight, scheme, block_size, True)
         assert_same_bits(got.tensors, whole.tensors, f"{tuple(weight.shape)} in chunks")

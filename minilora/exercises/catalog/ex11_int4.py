@@ -44,7 +44,7 @@ The last block may be short. A block of zeros gives zeros, with an absmax that i
 scheme)` knows the codes of every scheme. An odd last code has a byte of its own. ValueError for a scheme or block size
 that `Quantization(scheme, block_size, double_quant)` refuses, a tensor that is not floating-point or is empty, NaN and
 infinity. With double_quant, return what `quantize_scales` makes of it (exercise 13). The weight may require gradients,
-what is stored does not. You need not cut the weight into pieces of CHUNK.""",
+what is stored does not. You need not cut the weight into pieces.""",
     hints=(
         "(scaled * 7).round() rounds halves to the even number. A byte is 16 · high + low; << 4 and >> 4 move by one "
         "half, & 15 keeps the low one. codes[::2] is every second code.",
