@@ -109,9 +109,9 @@ def level_pairs(scheme: str, device: torch.device) -> Tensor:
 
 
 @cache
-def scale_levels_on(device: torch.device) -> Tensor:
-    """SCALE_LEVELS, moved to a device once: every move there waits until the device has done all its work."""
-    return SCALE_LEVELS.to(device)
+def placed(levels: Tensor, device: torch.device) -> Tensor:
+    """A table of levels, moved to a device once: every move there waits until the device has done all its work."""
+    return levels.to(device)
 
 
 def chunk_on(device: torch.device) -> int:

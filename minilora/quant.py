@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minilora.levels import LEVELS, chunk_on, encode, level_pairs, nearest, pack_codes, scale_levels_on
+from minilora.levels import LEVELS, SCALE_LEVELS, chunk_on, encode, level_pairs, nearest, pack_codes, placed
 
 SCALE_BLOCK = 256  # scales that share a scale under double quantization
 BLOCK_SIZES = [2**power for power in range(4, 13)]  # 16 to 4096: a chunk holds whole blocks
@@ -91,7 +91,7 @@ class QuantizedTensor:
         """The scale of each block, float32 (N,)."""
         if self.nested_scales is None or self.nested_offset is None:
             return self.scales
-        level = scale_levels_on(self.scales.device)[self.scales.int()]
+        level = placed(SCALE_LEVELS, self.scales.device)[self.scales.int()]
         return level * self.nested_scales.repeat_interleave(SCALE_BLOCK)[: len(level)] + self.nested_offset
 
 
@@ -154,7 +154,7 @@ def quantize_scales(quantized: QuantizedTensor) -> QuantizedTensor:
     before the scales are rounded."""
     offset = quantized.scales.mean()
     scaled, nested_scales = scale_to_unit(quantized.scales - offset, SCALE_BLOCK)
-    codes = nearest(scaled, scale_levels_on(scaled.device))
+    codes = nearest(scaled, placed(SCALE_LEVELS, scaled.device))
     return replace(quantized, scales=codes, nested_scales=nested_scales, nested_offset=offset)
 
 
