@@ -235,6 +235,8 @@ def test_memory_that_does_not_suffice_is_one_sentence(monkeypatch, capsys, fault
 def test_an_interrupt_while_torch_loads_ends_with_one_line(tmp_path, program):
     (tmp_path / "torch.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
     path = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(Path(__file__).parents[1])!r}]; sys.argv = ['-m']; "
+    # Where the tests run in a shell's background, their children would ignore an interrupt.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     # As `python -m` does: the package is imported while sys.argv[0] is "-m".
-    done = subprocess.run([sys.executable, "-c", f"{path}import {program}"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", f"{heed}{path}import {program}"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "interrupted\n"), f"{done.returncode}: {done.stderr}"
