@@ -103,7 +103,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--tune": FLAG | dict(help="choose learning rates on the grid and store them"),
     "--virtual-tokens": number(ranges.VIRTUAL_TOKENS, "of soft-prompt and prefix", default=Experiment.virtual_tokens),
     "action": dict(nargs="?", choices=("list", "run", "show"), default="list", help="what to do with the ledger"),
-    "claim": dict(nargs="?", type=a_name, help="the name of a claim, to run or to show"),
+    "claim": dict(nargs="?", type=a_name, help="the name of a claim, or of a study, to run or to show"),
     "file": dict(type=a_path, help="a GGUF file"),
     "name": dict(choices=SOURCES, help="of the model"),
     "prompt": dict(nargs="?", type=a_text, help='for example "The quick brown fox"'),
