@@ -312,6 +312,51 @@ def test_a_real_run_is_recorded_and_scored():
     assert (with_own["mix"], with_own["n"]) == (1, 3), "an arm's setting stands above its plan's"
 
 
+def test_a_study_trains_in_float32_whatever_the_device(monkeypatch):
+    """On CUDA "auto" would be bfloat16, and runs of one study would differ by where they were made."""
+    seen = []
+    monkeypatch.setattr(study, "run", lambda experiment, **_: seen.append(experiment.training))
+    base = open_base(study.BASES["tiny"])
+    setting = study.Setting(base, Plan("json", 2, 1, 1), Arm("lora"), 1e-3, 7, progress=False)
+    setting.train(setting.dataset(), evaluations=1)
+    assert (seen[0].precision, seen[0].steps, seen[0].seed, seen[0].learning_rate) == ("float32", 2, 7, 1e-3)
+
+
+def test_a_task_is_scored_but_not_while_a_rate_is_chosen(monkeypatch):
+    history = SimpleNamespace(best_validation_loss=1.0, validation_loss=[[0, 1.0]])
+    monkeypatch.setattr(study, "run", lambda *_, **__: SimpleNamespace(model=None, history=history))
+    monkeypatch.setattr(study, "score_task", lambda *_: SimpleNamespace(score=0.5))
+    base = open_base(study.BASES["tiny"])
+    scores = {}
+    for seed in (0, TUNING_SEED):
+        setting = study.Setting(base, Plan("json", 2, 1, 1), Arm("lora"), 1e-3, seed, progress=False)
+        scores[seed] = study.train_and_score(setting).get("scores")
+    assert scores == {0: {"task": 0.5}, TUNING_SEED: None}
+
+
+def test_one_seed_decides_nothing(book):
+    ledger.run_named("dora", seeds=1)
+    (case,) = ledger.find("dora")
+    assert ledger.finding(ledger.CLAIMS["dora"], case) is None
+
+
+def test_a_scale_is_asked_for_alone(book, monkeypatch):
+    two = Study("small", "made up", ARMS, {"tiny": Plan("json", 7, 3, 1), "smollm2": Plan("json", 7, 2, 1)})
+    monkeypatch.setattr(ledger, "STUDIES", {"small": two})
+    assert [case.scale for case in ledger.find("small", "smollm2")] == ["smollm2"]
+    assert [case.scale for case in ledger.find("small")] == ["tiny", "smollm2"]
+
+
+def test_the_plain_figure_shows_what_a_claim_compares(book, monkeypatch, tmp_path):
+    ledger.run_named("small")
+    drawn = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, path, **_: (drawn.append(figure), path.touch())
+    )
+    report.draw("dora", "tiny", tmp_path)
+    assert [label.get_text() for label in drawn[0].axes[0].get_xticklabels()] == ["lora", "dora"]
+
+
 # What is committed
 
 

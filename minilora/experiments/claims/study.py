@@ -80,9 +80,12 @@ class Setting:
         return dataset(self.plan.data, self.base)
 
     def train(self, data: Dataset, watch: Callable[[GPT | Prompt, int], None] | None = None, **training) -> Run:
-        """A run of the arm's method on `data`. watch: as in `run`; training: fields of TrainConfig."""
+        """A run of the arm's method on `data`, in float32 on any device.
+
+        watch: as in `run`; training: fields of TrainConfig.
+        """
         assert self.arm.method and self.rate
-        settings = data.training | {"steps": self.plan.steps} | training
+        settings = {"precision": "float32", **data.training, "steps": self.plan.steps, **training}
         config = schedule(learning_rate=self.rate, seed=self.seed, **settings)
         lora = LoRAConfig(**{"r": 8, "lora_alpha": 16, "target_modules": "all-linear", **self.arm.lora})
         return run(Experiment(self.base, data, self.arm.method, config, lora), progress=self.progress, watch=watch)
