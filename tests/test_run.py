@@ -203,6 +203,15 @@ def test_what_comes_out_of_a_run_is_finished(make_experiment):
     assert ranks == 2 * len(layers), f"{2 * len(layers)} ranks in all should be left, not {ranks}"
 
 
+def test_a_run_is_watched_and_remains_what_it_was(make_experiment):
+    """Also where the method itself acts after every step."""
+    experiment = make_experiment("adalora", training=replace(make_experiment().training, steps=10))
+    alone, steps = run(experiment, progress=False).model.state_dict(), []
+    watched = run(experiment, progress=False, watch=lambda model, step: steps.append(step)).model.state_dict()
+    assert steps == list(range(1, 11))
+    assert alone.keys() == watched.keys() and all(torch.equal(alone[name], watched[name]) for name in alone)
+
+
 def test_sequences_beyond_the_model_are_refused(make_experiment):
     experiment = make_experiment()
     rows = torch.zeros(4, 65, dtype=torch.int64)
