@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from minilora.adapters.inject import lora_layers
-from minilora.experiments.claims import basics, combining, costs, ledger, speed, study
+from minilora.experiments.claims import ledger, study
 from minilora.experiments.claims.bars import bars
 from minilora.experiments.claims.claim import quantity
 from minilora.experiments.claims.study import BASES, Plan, Setting
+from minilora.experiments.claims.uses import basics, combining, costs, speed
 from minilora.experiments.run import open_base
 from minilora.linear4bit import quantized_layers
 from minilora.text.batches import Batches

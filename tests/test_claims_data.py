@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 
-from minilora.experiments.claims import data, data_runs, ledger, report
-from minilora.experiments.claims.data_figures import cells, loss_curves, score_map
+from minilora.experiments.claims import ledger, report
 from minilora.experiments.claims.study import BASES, Arm, Plan, Setting
+from minilora.experiments.claims.uses import data, data_runs
+from minilora.experiments.claims.uses.data_figures import cells, loss_curves, score_map
 from minilora.experiments.run import open_base
 from minilora.experiments.tune import TUNING_SEED
 from minilora.text.noise import TASKS, TOWN_WORDS, sized_task, with_wrong, word_of

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from minilora.experiments.claims import facts, facts_runs
 from minilora.experiments.claims.study import Setting
+from minilora.experiments.claims.uses import facts, facts_runs
 from minilora.experiments.run import BASE, open_base
 from minilora.text import everyday
 from minilora.text.newcomers import CHAT, TINY, UNKNOWN, Asked, Newcomers, admits, said

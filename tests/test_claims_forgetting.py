@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from minilora.adapters.inject import lora_layers
-from minilora.experiments.claims import forgetting, forgetting_figures, forgetting_rules, forgetting_runs, study
-from minilora.experiments.claims.forgetting_rules import LEAST, at_equal_loss, less, price
+from minilora.experiments.claims import study
 from minilora.experiments.claims.study import Plan, Setting
+from minilora.experiments.claims.uses import forgetting, forgetting_figures, forgetting_rules, forgetting_runs
+from minilora.experiments.claims.uses.forgetting_rules import LEAST, at_equal_loss, less, price
 from minilora.experiments.methods import BaseFolder
 from minilora.experiments.run import open_base
 from minilora.text import commands, old_text

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from minilora.experiments.claims import prompting, prompting_runs
 from minilora.experiments.claims.claim import summary
-from minilora.experiments.claims.prompting import FACTS, FACTS_ARMS, FORMAT, PROMPTS, SKILL, VOICE
 from minilora.experiments.claims.study import BASES, Setting
+from minilora.experiments.claims.uses import prompting, prompting_runs
+from minilora.experiments.claims.uses.prompting import FACTS, FACTS_ARMS, FORMAT, PROMPTS, SKILL, VOICE
 from minilora.experiments.run import open_base
 from minilora.experiments.tune import TUNING_SEED
 from minilora.inference.evaluate import answer

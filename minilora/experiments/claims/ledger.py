@@ -8,9 +8,19 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from minilora.experiments.claims import basics, combining, costs, data, facts, forgetting, prompting, speed, variants
 from minilora.experiments.claims.claim import Claim, Finding, Runs
 from minilora.experiments.claims.study import BASES, Setting, Study, timed
+from minilora.experiments.claims.uses import (
+    basics,
+    combining,
+    costs,
+    data,
+    facts,
+    forgetting,
+    prompting,
+    speed,
+    variants,
+)
 from minilora.experiments.run import DATA, open_base
 from minilora.experiments.tune import TUNING_SEED, grid_of, search
 from minilora.storage.files import naming, read_json, replacing

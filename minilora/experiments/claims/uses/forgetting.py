@@ -1,8 +1,9 @@
 """Claims about forgetting: what fine-tuning costs on text that it does not touch, at equal loss on its task."""
 
 from minilora.experiments.claims.claim import Claim, Rule, score
-from minilora.experiments.claims.forgetting_figures import frontier, kinds_by_step
-from minilora.experiments.claims.forgetting_rules import (
+from minilora.experiments.claims.study import Arm, Draw, Plan, Study
+from minilora.experiments.claims.uses.forgetting_figures import frontier, kinds_by_step
+from minilora.experiments.claims.uses.forgetting_rules import (
     ends_less,
     forgets_less,
     halved_answers,
@@ -11,8 +12,7 @@ from minilora.experiments.claims.forgetting_rules import (
     scaling_back,
     scaling_or_stopping,
 )
-from minilora.experiments.claims.forgetting_runs import measure
-from minilora.experiments.claims.study import Arm, Draw, Plan, Study
+from minilora.experiments.claims.uses.forgetting_runs import measure
 
 LORAS: dict[str, dict] = {
     "r=8": {},

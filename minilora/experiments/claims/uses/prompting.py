@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from minilora.experiments.claims.claim import Claim, Record, Rule, more_right
-from minilora.experiments.claims.prompting_runs import measure
 from minilora.experiments.claims.study import Arm, Plan, Study
+from minilora.experiments.claims.uses.prompting_runs import measure
 from minilora.experiments.figures import LEGEND, Figure, look_of, new_figure
 from minilora.text.invented import RULES
 

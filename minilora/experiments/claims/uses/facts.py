@@ -5,8 +5,8 @@ import textwrap
 from collections.abc import Mapping
 
 from minilora.experiments.claims.claim import Claim, Record, Rule, score
-from minilora.experiments.claims.facts_runs import PARTS, measure
 from minilora.experiments.claims.study import Arm, Plan, Study
+from minilora.experiments.claims.uses.facts_runs import PARTS, measure
 from minilora.experiments.figures import LEGEND, Figure, look_of, new_figure, rows_downward
 
 

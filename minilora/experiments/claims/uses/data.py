@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 
 from minilora.experiments.claims.claim import Claim, Record, Rule, more_right, score
-from minilora.experiments.claims.data_figures import loss_curves, score_map
-from minilora.experiments.claims.data_runs import measure
 from minilora.experiments.claims.study import Arm, Plan, Study
+from minilora.experiments.claims.uses.data_figures import loss_curves, score_map
+from minilora.experiments.claims.uses.data_runs import measure
 
 SIZES = {"fewest": 25, "few": 100, "some": 500, "many": 2000}
 SETTINGS = {"examples": 1, "wrong": 0, "how": "another", "evaluations": 8}
