@@ -77,6 +77,12 @@ def test_the_grid_is_extended_by_its_own_factor_in_round_numbers(valley, expecte
     assert tried == pytest.approx(expected, rel=1e-12), f"with the valley at {valley}: {expected}, not {tried}"
 
 
+def test_a_finer_search_tries_both_rates_beside_the_best_at_last():
+    tried = sorted(search(lambda rate: abs(math.log(rate / 2e-3)), GRID, finer=True))
+    expected = [9e-4, 1.6e-3, 3e-3, 5.5e-3, 1e-2, 3e-2]
+    assert tried == pytest.approx(expected, rel=1e-12), f"two rates about 3e-3 are new: {expected}, not {tried}"
+
+
 def test_a_diverged_neighbour_ends_the_search():
     losses = search(lambda rate: None if rate > 0.02 else -rate, GRID)
     assert losses == {3e-3: -3e-3, 1e-2: -1e-2, 3e-2: None}, f"1e-2 has two worse neighbours: {losses}"

@@ -62,11 +62,14 @@ def tune(experiments: list[Experiment], progress: bool = True) -> dict:
     return chosen
 
 
-def search(loss_at: Callable[[float], float | None], grid: list[float]) -> dict[float, float | None]:
+def search(
+    loss_at: Callable[[float], float | None], grid: list[float], finer: bool = False
+) -> dict[float, float | None]:
     """The loss at every rate of the grid and, by the same factor, beyond its ends; None where the run diverged.
 
     A choice at an end says only on which side the best rate lies. So the grid is extended until both neighbours of the
-    best are worse.
+    best are worse. finer: at last the two rates halfway between the best and its neighbours are tried as well, which
+    makes steps of about 1.7 of those of 3.
     """
     losses = {rate: loss_at(rate) for rate in grid}
     while finite := {rate: loss for rate, loss in losses.items() if loss is not None}:
@@ -76,4 +79,10 @@ def search(loss_at: Callable[[float], float | None], grid: list[float]) -> dict[
         inside = sorted(losses)[1 if best == min(losses) else -2]
         further = float(f"{best**2 / inside:.0e}")  # one digit: 1e-2, 3e-3
         losses[further] = loss_at(further)
+    if finer and finite:
+        tried = sorted(losses)
+        at = tried.index(best)
+        for low, high in zip(tried[at - 1 : at + 1], tried[at : at + 2], strict=True):
+            between = float(f"{(low * high) ** 0.5:.1e}")
+            losses[between] = loss_at(between)
     return losses

@@ -146,7 +146,7 @@ def run_case(case: Case, seeds: int | None, device: str, progress: bool):
         def loss_at(rate: float) -> float | None:
             return record_of(arm, rate, TUNING_SEED)[study.chosen_by]
 
-        tried = search(loss_at, grid_of(what.method, scale != "tiny"))
+        tried = search(loss_at, grid_of(what.method, scale != "tiny"), study.finer)
         finite = {rate: loss for rate, loss in tried.items() if loss is not None}
         if not finite:
             raise ValueError(f"{arm} diverged at every rate of its grid, {', '.join(map(str, tried))}")

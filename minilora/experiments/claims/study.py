@@ -122,7 +122,10 @@ def paired_losses(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figu
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """measure: one run's record. Of a tuning run only `chosen_by` is wanted, which is lowest at the best rate."""
+    """measure: one run's record. Of a tuning run only `chosen_by` is wanted, which is lowest at the best rate.
+
+    finer: rates are chosen in steps of 1.7 and not of 3.
+    """
 
     name: str
     about: str  # what is trained on what, and what is measured, in one line
@@ -131,6 +134,7 @@ class Study:
     measure: Callable[[Setting], dict] = train_and_score
     chosen_by: str = "best_validation_loss"
     figure: Draw = paired_losses
+    finer: bool = False
 
 
 def timed(study: Study, setting: Setting) -> dict:
