@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minilora.experiments.claims.claim import Claim, Finding, Runs
+from minilora.experiments.claims.goals import preferences, rewards, teachers
+from minilora.experiments.claims.knobs import automatic, capacity, orders, ranks, rates, updates
 from minilora.experiments.claims.study import BASES, Setting, Study, timed
 from minilora.experiments.claims.uses import (
     basics,
@@ -26,7 +28,10 @@ from minilora.experiments.tune import TUNING_SEED, grid_of, search
 from minilora.storage.files import naming, read_json, replacing
 from minilora.storage.locks import locked
 
-FAMILIES = (basics, costs, speed, combining, variants, prompting, facts, data, forgetting)
+USES = (basics, costs, speed, combining, variants, prompting, facts, data, forgetting)
+KNOBS = (rates, ranks, capacity, updates, orders, automatic)
+GOALS = (preferences, rewards, teachers)
+FAMILIES = USES + KNOBS + GOALS
 CLAIMS = {claim.name: claim for family in FAMILIES for claim in family.CLAIMS}
 STUDIES = {study.name: study for claim in CLAIMS.values() for study in claim.studies}
 FOLDER = DATA / "claims"

@@ -1,0 +1,1 @@
+"""Preferences, rewards and teachers: other objectives on adapters."""

@@ -1,0 +1,5 @@
+"""Claims about preferences: DPO on adapters."""
+
+from minilora.experiments.claims.claim import Claim
+
+CLAIMS: list[Claim] = []

@@ -1,0 +1,1 @@
+"""How to set LoRA: rate, rank, targets, and what an update can hold."""
