@@ -114,7 +114,7 @@ def rank_study(task: str, plans: dict[str, Plan]) -> Study:
 RANK = (
     rank_study("json", {"tiny": Plan("json", steps=100, seeds=3, minutes=0.4)}),
     rank_study("dialect", {"tiny": Plan("dialect", steps=100, seeds=3, minutes=0.4)}),
-    rank_study("orders", {"smollm2": Plan("orders", steps=30, seeds=2, minutes=2.5)}),
+    rank_study("orders", {"smollm2": Plan("orders", steps=30, seeds=3, minutes=2.5)}),
 )
 
 
@@ -169,7 +169,7 @@ ROUNDING = Study(
     {name: Arm(None, settings={"scheme": scheme}) for name, scheme in SCHEMES.items()},
     {
         "tiny": Plan("world", steps=0, seeds=3, minutes=0.1),
-        "smollm2": Plan("english", steps=0, seeds=2, minutes=0.5),
+        "smollm2": Plan("english", steps=0, seeds=3, minutes=0.5),
     },
     cost_of_rounding,
     chosen_by="",

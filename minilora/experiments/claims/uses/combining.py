@@ -51,7 +51,7 @@ MERGE = Study(
     {"lora": Arm("lora"), "qlora": Arm("qlora", rate_of="lora")},
     {
         "tiny": Plan("json", steps=60, seeds=3, minutes=0.4),
-        "smollm2": Plan("orders", steps=30, seeds=2, minutes=2.5),
+        "smollm2": Plan("orders", steps=30, seeds=3, minutes=2.5),
     },
     merged_losses,
     figure=bars(

@@ -73,7 +73,7 @@ ORDERS = Study(
     "data-orders",
     "orders as JSON, 25 to 400 examples, up to half of the labels another example's",
     REAL | BASE,
-    {"smollm2": Plan("orders", steps=40, seeds=2, minutes=3, settings=SETTINGS | {"evaluations": 5})},
+    {"smollm2": Plan("orders", steps=40, seeds=3, minutes=3, settings=SETTINGS | {"evaluations": 5})},
     measure,
     chosen_by="last_validation_loss",
     figure=score_map,

@@ -121,7 +121,7 @@ P_CHAT = Study(
     "facts-chat",
     "12 people who do not exist, three facts each, told to a model that chats; exact answers by kind of question",
     PLAIN | MIXES,
-    {"smollm2": Plan("12 newcomers", 70, 2, 5, ON_CHAT | {"people": 12})},
+    {"smollm2": Plan("12 newcomers", 70, 3, 5, ON_CHAT | {"people": 12})},
     measure,
     "last_validation_loss",
     by_column,

@@ -56,7 +56,7 @@ COMMANDS = Study(
     ARMS,
     {
         "smollm2": Plan(
-            "commands", steps=80, seeds=2, minutes=6, settings=SETTINGS | {"english": True, "evaluations": 8}
+            "commands", steps=80, seeds=3, minutes=6, settings=SETTINGS | {"english": True, "evaluations": 8}
         )
     },
     measure,

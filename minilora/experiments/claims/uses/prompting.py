@@ -118,7 +118,7 @@ def study(name: str, about: str, arms: dict[str, Arm], tiny: str, real: str, ste
     """tiny, real: the data at both scales. steps, instruction: at the second; the other's prompts say what to do."""
     plans = {
         "tiny": Plan(tiny, 150, 3, 0.3, PLAIN),
-        "smollm2": Plan(real, steps, 2, 3, PLAIN | {"instruction": instruction}),
+        "smollm2": Plan(real, steps, 3, 3, PLAIN | {"instruction": instruction}),
     }
     return Study(name, about, arms, plans, measure, "loss", score_over_tokens)
 

@@ -32,7 +32,7 @@ ORDERS = Study(
     "orders",
     "an order in a sentence as one JSON object, 30 steps of 8; SmolLM2-135M, rank 8 on all linears",
     {name: ARMS[name] for name in ("full", "lora", "qlora", "dora")},
-    {"smollm2": Plan("orders", steps=30, seeds=2, minutes=2)},
+    {"smollm2": Plan("orders", steps=30, seeds=3, minutes=2)},
     partial(train_and_score, evaluations=2),
 )
 
