@@ -220,7 +220,7 @@ def convert(options):
 def claims(options):
     """The ledger of claims about LoRA: list prints the verdicts, run NAME measures one, show NAME prints its runs."""
     if options.action == "list":
-        return print(report.table())
+        return print(report.page(), end="")
     if options.claim is None:
         raise ValueError(f"claims {options.action} takes the name of a claim: {', '.join(ledger.CLAIMS)}")
     if options.action == "run":

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -383,6 +384,17 @@ def check_runs(where, arm: str, records: list[dict], seeds: int):
     assert rates == {float(f"{best * what.rate_times:.2g}")}, f"{arm}: not at the rate that was chosen"
 
 
-def test_the_readme_has_the_ledger():
+def test_the_ledger_is_on_its_page_and_the_readme_has_the_short_of_it():
+    page = (ledger.DATA.parent / report.PAGE).read_text(encoding="utf-8")
+    assert page == report.page(), f"{report.PAGE} is not what `python -m minilora claims` prints; write it anew"
     readme = (ledger.DATA.parent / "README.md").read_text(encoding="utf-8")
-    assert report.folded() in readme, f"the README's tables should be these:\n{report.folded()}"
+    for table in (report.overview(), report.headlines()):
+        assert table in readme, f"this should stand in the README:\n{table}"
+
+
+def test_the_readme_links_to_sections_that_the_page_has():
+    """GitHub's anchor of a heading: in small letters, hyphens for blanks, nothing else but letters and digits."""
+    headings = [line[3:] for line in report.page().splitlines() if line.startswith("## ")]
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    linked = set(re.findall(rf"\({report.PAGE}#(.*?)\)", report.overview()))
+    assert linked == anchors and len(linked) == len(ledger.FAMILIES), f"only on one side: {linked ^ anchors}"

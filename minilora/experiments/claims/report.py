@@ -1,37 +1,53 @@
 """The ledger on paper: its table, a claim with all its runs, and its figures."""
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
-from minilora.experiments.claims.claim import Claim, Finding, summary
+from minilora.experiments.claims.claim import Claim, summary
 from minilora.experiments.claims.ledger import CLAIMS, FAMILIES, Case, find, finding, reported, stored
 from minilora.experiments.claims.study import paired_losses
 from minilora.experiments.tune import TUNING_SEED
 from minilora.storage.files import replacing
 
 VERDICTS = ("holds", "fails", "depends", "open", "not run")
+PAGE = "data/claims/README.md"  # what `page` says, as the README of the repository links to it
+# Of the page, what whoever asks "how does LoRA really work?" should read first; the README shows these rows.
+HEADLINES = ("as-full", "forget-less", "forget-rate", "facts-strangers", "few-good", "low-rank", "qlora", "dora")
 
 
-def table() -> str:
-    """The ledger in Markdown: a table for each family, in it a row for each claim, a line for each study and scale."""
-    return "\n\n".join(f"**{subject_of(family)}** ({count(family)})\n\n{family_table(family)}" for family in FAMILIES)
-
-
-def folded() -> str:
-    """The same for the README, where a table opens on a click."""
-    pieces = []
+def page() -> str:
+    """The ledger in Markdown: a table for each family, in it a row for each claim and each study and scale of it."""
+    sections = []
     for family in FAMILIES:
-        head = f"<details><summary><b>{subject_of(family)}</b> ({count(family)})</summary>"
-        pieces.append(f"{head}\n\n{family_table(family)}\n\n</details>")
-    return "\n\n".join(pieces)
+        counted = "; ".join(f"{verdict} {number}" for verdict, number in count(family).items())
+        head = f"## {subject_of(family)}\n\n{len(family.CLAIMS)} claims: {counted}."
+        sections.append(f"{head}\n\n{rows_of(family.CLAIMS)}")
+    about = "What is said about LoRA, and what was measured. How to read this: README.md of the repository, under the"
+    about += " same title.\nWritten by `python -m minilora claims`, from the runs in this folder."
+    return "\n\n".join([f"# The ledger\n\n{about}", *sections]) + "\n"
 
 
-def count(family: ModuleType) -> str:
-    """How many claims there are, and how many of each verdict."""
+def overview() -> str:
+    """A row for each family, with how many of its claims hold, and so on."""
+    rows = [f"| subject | claims | {' | '.join(VERDICTS[:4])} |", "|---" * 6 + "|"]
+    for family in FAMILIES:
+        subject, counted = subject_of(family), count(family)
+        anchor = "".join(sign for sign in subject.lower() if sign.isalnum() or sign in " -").replace(" ", "-")
+        numbers = " | ".join(str(counted.get(verdict, "")) for verdict in VERDICTS[:4])
+        rows.append(f"| [{subject}]({PAGE}#{anchor}) | {len(family.CLAIMS)} | {numbers} |")
+    return "\n".join(rows)
+
+
+def headlines() -> str:
+    return rows_of([CLAIMS[name] for name in HEADLINES])
+
+
+def count(family: ModuleType) -> dict[str, int]:
+    """By verdict, how many of a family's claims."""
     verdicts = Counter(verdict_of(claim) for claim in family.CLAIMS)
-    counted = ", ".join(f"{verdict} {verdicts[verdict]}" for verdict in VERDICTS if verdicts[verdict])
-    return f"{len(family.CLAIMS)} claims: {counted}"
+    return {verdict: verdicts[verdict] for verdict in VERDICTS if verdicts[verdict]}
 
 
 def verdict_of(claim: Claim) -> str:
@@ -44,27 +60,22 @@ def subject_of(family: ModuleType) -> str:
     return subject[0].upper() + subject[1:]
 
 
-def family_table(family: ModuleType) -> str:
-    head = "| claim | who says it | verdict | the number that decides (90 % interval) | seeds, date |"
-    rows = [head, "|---|---|---|---|---|"]
-    for claim in family.CLAIMS:
-        found = [(case, finding(claim, case)) for case in find(claim.name)]
-        done = [each for _, each in found if each]
-        lines = [f"{case.title}: {said(each, len(done) > 1)}" for case, each in found]
-        runs = [f"{each.seeds}, {last_date(case)}" if each else "" for case, each in found]
-        what = f"| `{claim.name}`: {claim.sentence} | {claim.source} | {summary(done)} |"
-        rows.append(f"{what} {'<br>'.join(lines)} | {'<br>'.join(runs)} |")
+def rows_of(claims: Iterable[Claim]) -> str:
+    rows = ["| claim | verdict | study | the number that decides (90 % interval) | seeds, date |", "|---" * 5 + "|"]
+    for claim in claims:
+        said = f"`{claim.name}`: {claim.sentence} ({claim.source})"
+        verdict = f"**{verdict_of(claim)}**"
+        for case in find(claim.name):
+            found = finding(claim, case)
+            number = f"{found.verdict}, {found.text()}" if found else "not run"
+            runs = f"{found.seeds}, {last_date(case)}" if found else ""
+            rows.append(f"| {said} | {verdict} | {case.title} | {number} | {runs} |")
+            said = verdict = ""
     return "\n".join(rows)
 
 
 def last_date(case: Case) -> str:
     return max(record["date"] for record in stored(case.study, case.scale) if record["arm"] in case.arms)
-
-
-def said(found: Finding | None, with_verdict: bool) -> str:
-    if found is None:
-        return "not run"
-    return f"{found.verdict}, {found.text()}" if with_verdict else found.text()
 
 
 def details(name: str, scale: str | None = None) -> str:
