@@ -74,9 +74,8 @@ class Rule:
         above, below = low > self.bar, high < self.bar
         holds, fails = (above, below) if self.above else (below, above)
         verdict = "holds" if holds else "fails" if fails else "open"
-        return Finding(
-            verdict, number, low, high, len(seeds), self.unit, difference=len(self.arms) > 1 and not self.exact
-        )
+        difference = len(self.arms) > 1 and not self.exact and self.unit != "times"  # a ratio has no sign
+        return Finding(verdict, number, low, high, len(seeds), self.unit, difference)
 
 
 def lower_loss(arm: str, than: str, bar: float, measure: str = "best_validation_loss") -> Rule:

@@ -1,5 +1,300 @@
-"""Claims about the learning rate, the batch and the scale."""
+"""Claims about the learning rate, the batch and the scale.
 
-from minilora.experiments.claims.claim import Claim
+All rest on curves of the loss over the rate, one for each arm and seed (`rates_runs`). A bar of 2 is one step of them.
+"""
 
-CLAIMS: list[Claim] = []
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from minilora.experiments.claims.claim import Claim, Record, Rule
+from minilora.experiments.claims.knobs.rates_figures import alpha_law, batches, best_rates, rate_curves
+from minilora.experiments.claims.knobs.rates_runs import best, curve, share_needed
+from minilora.experiments.claims.study import Arm, Plan, Study
+
+SETTINGS = {"evaluations": 1, "training": {}}
+FULL, R8 = "full", "r=8"  # alpha is 16 unless an arm's name says otherwise
+
+
+def arm_of(method: str, first: float, training: dict[str, Any] | None = None, **lora: float) -> Arm:
+    """An arm whose curve begins at the rate `first`. training: fields of TrainConfig that are not the plan's."""
+    more = {"training": training} if training else {}
+    return Arm(None, dict(lora), {"method": method, "first": first, **more})
+
+
+def ranks_of(full: float, lora: float) -> dict[str, Arm]:
+    """Where the curves begin: of full fine-tuning, and of LoRA with alpha 16."""
+    ranks = {f"r={r}": arm_of("lora", lora, r=r) for r in (1, 8, 64)}
+    return {FULL: arm_of("full", full), **ranks}
+
+
+def alphas_of(lora: float) -> dict[str, Arm]:
+    """alpha 2r at the ends of the ranks, and at rank 8 the scale from an eighth of that to 64 times as much."""
+    return {
+        "r=1, alpha 2": arm_of("lora", 2 * lora, r=1, lora_alpha=2),
+        "r=64, alpha 128": arm_of("lora", lora / 4, r=64, lora_alpha=128),
+        "r=8, alpha 2": arm_of("lora", 4 * lora, lora_alpha=2),
+        "r=8, alpha 128": arm_of("lora", lora / 4, lora_alpha=128),
+        "r=8, alpha 1024": arm_of("lora", lora / 16, lora_alpha=1024),
+    }
+
+
+def study_of(
+    name: str, about: str, arms: dict[str, Arm], scale: str, plan: Plan, figure=best_rates, **settings
+) -> Study:
+    plan = Plan(plan.data, plan.steps, plan.seeds, plan.minutes, SETTINGS | settings)
+    return Study(name, about, arms, {scale: plan}, curve, figure=figure)
+
+
+TOOLS = "the last loss at rates in steps of 2 until the lowest is between two that are higher, for each seed"
+DIALECT = study_of(
+    "rates-dialect",
+    f"a hundred new words; {TOOLS}",
+    ranks_of(full=1e-3, lora=2e-3) | alphas_of(lora=2e-3),
+    "tiny",
+    Plan("dialect", steps=100, seeds=3, minutes=1.5),
+)
+JSON = study_of(
+    "rates-json",
+    f"a new format, 30 steps, as in `json`; {TOOLS}",
+    ranks_of(full=5e-4, lora=2e-3) | alphas_of(lora=2e-3),
+    "tiny",
+    Plan("json", steps=30, seeds=3, minutes=1),
+)
+PYTHON = study_of(
+    "rates-python",
+    f"source code, of which the base knows nothing; {TOOLS}",
+    ranks_of(full=1e-3, lora=2e-3),
+    "tiny",
+    Plan("python-code", steps=100, seeds=3, minutes=3),
+)
+ORDERS = study_of(
+    "rates-orders",
+    f"orders as JSON, 30 steps of 8; {TOOLS}",
+    {name: arm for name, arm in ranks_of(full=1e-4, lora=1e-3).items() if name in (FULL, R8)},
+    "smollm2",
+    Plan("orders", steps=30, seeds=3, minutes=12),
+)
+RANKS_ORDERS = study_of(
+    "rates-orders-ranks",
+    "as rates-orders",
+    {name: arm for name, arm in ranks_of(full=1e-4, lora=1e-3).items() if name in ("r=1", "r=64")},
+    "smollm2",
+    Plan("orders", steps=30, seeds=2, minutes=12),
+)
+LENGTHS = study_of(
+    "rates-lengths",
+    f"as rates-dialect, 25 and 200 steps; {TOOLS}",
+    {
+        f"{name}, {steps} steps": arm_of(method, first, {"steps": steps})
+        for name, method, first in ((FULL, "full", 1e-3), (R8, "lora", 2e-3))
+        for steps in (25, 200)
+    },
+    "tiny",
+    Plan("dialect", steps=200, seeds=3, minutes=1.5),
+)
+
+EXAMPLES = 3072
+SHORT = ", few steps"  # as few with the small batch as with the large one
+
+
+def batch_arms(full: float, lora: float) -> dict[str, Arm]:
+    """The same number of examples in batches of 16, 64 and 256; and as many steps with the least as with the most."""
+    training = {f"batch {size}": {"batch_size": size, "steps": EXAMPLES // size} for size in (16, 64, 256)}
+    training["batch 16" + SHORT] = {"batch_size": 16, "steps": EXAMPLES // 256}
+    return {
+        f"{method}, {name}": arm_of(method, first, each)
+        for method, first in (("full", full), ("lora", lora))
+        for name, each in training.items()
+    }
+
+
+BATCHES = study_of(
+    "batches",
+    f"a hundred new words, {EXAMPLES:,} examples in batches of 16 to 256; {TOOLS}",
+    batch_arms(full=1e-3, lora=4e-3),
+    "tiny",
+    Plan("dialect", steps=EXAMPLES // 16, seeds=3, minutes=1.5),
+    batches,
+    evaluations=12,
+)
+CODE_BATCHES = study_of(
+    "batches-python",
+    f"source code, {EXAMPLES:,} rows in batches of 16 to 256; {TOOLS}",
+    batch_arms(full=1e-3, lora=4e-3),
+    "tiny",
+    Plan("python-code", steps=EXAMPLES // 16, seeds=3, minutes=4),
+    batches,
+    evaluations=12,
+)
+
+
+# The rules
+
+
+def times(arm: str, than: str, bar: float) -> Rule:
+    """How many times as high the best rate of `arm` is as that of `than`."""
+    words = f"best rate of {arm} over that of {than}, each from the seed's own curve"
+    return Rule((arm, than), words, lambda runs: best(runs[arm]) / best(runs[than]), bar, "times")
+
+
+def same_rate(arm: str, other: str, bar: float = 2) -> Rule:
+    def number(runs: Mapping[str, Record]) -> float:
+        return math.exp(abs(math.log(best(runs[arm]) / best(runs[other]))))
+
+    words = f"the higher over the lower of the best rates of {arm} and {other}, each from the seed's own curve"
+    return Rule((arm, other), words, number, bar, "times", above=False)
+
+
+def longer_lower(bar: float) -> Rule:
+    arms = tuple(f"{name}, {steps} steps" for steps in (25, 200) for name in (R8, FULL))
+
+    def number(runs: Mapping[str, Record]) -> float:
+        lora, full, long_lora, long_full = (best(runs[arm]) for arm in arms)
+        return (lora / full) / (long_lora / long_full)
+
+    words = "best rate of LoRA over that of full fine-tuning: the ratio after 25 steps over the ratio after 200"
+    return Rule(arms, words, number, bar, "times")
+
+
+ALPHAS = {"r=8, alpha 2": 2, R8: 16, "r=8, alpha 128": 128, "r=8, alpha 1024": 1024}
+
+
+def alpha_is_free(bar: float) -> Rule:
+    def number(runs: Mapping[str, Record]) -> float:
+        losses = [runs[arm]["best_validation_loss"] for arm in ALPHAS]
+        return 100 * (max(losses) / min(losses) - 1)
+
+    words = "lowest loss of a curve, by how many percent the highest lies above the lowest of the alphas 2 to 1024"
+    return Rule(tuple(ALPHAS), words, number, bar, above=False)
+
+
+def product_law(bar: float) -> Rule:
+    """best rate ∝ alpha^-e: where the product of the two is all that counts, e is 1."""
+    low, high = "r=8, alpha 2", "r=8, alpha 1024"
+
+    def number(runs: Mapping[str, Record]) -> float:
+        return 100 * math.log(best(runs[low]) / best(runs[high])) / math.log(ALPHAS[high] / ALPHAS[low])
+
+    words = "the exponent e, times 100, in: the best rate goes as alpha to the power -e, from alpha 2 to 1024; "
+    return Rule(tuple(ALPHAS), words + "100 if the product of the two is all that counts", number, bar)
+
+
+def needs(runs: Mapping[str, Record], batch: str) -> float:
+    """Of full fine-tuning's run at its best rate, the percent after which it has the loss where LoRA's run ends."""
+    return share_needed(runs[f"full, {batch}"], runs[f"lora, {batch}"]["best_validation_loss"])
+
+
+def falls_behind(batch: str, than: str, bar: float = 10) -> Rule:
+    """That the share is smaller at `batch`: LoRA lies further behind. It does not depend on the scale of the loss."""
+    arms = tuple(f"{method}, {name}" for name in (than, batch) for method in ("full", "lora"))
+    words = "of full fine-tuning's run, the percent after which it has the loss where LoRA's ends, each at its best "
+    words += f"rate: that share at {than} minus that at {batch}"
+    return Rule(arms, words, lambda runs: needs(runs, than) - needs(runs, batch), bar, "points")
+
+
+SCHULMAN = "Schulman et al. 2025, LoRA Without Regret"
+SMALL = "small bases and runs of 30 to 200 steps"
+RATES, ON_RANKS = (DIALECT, JSON, PYTHON, ORDERS), (DIALECT, JSON, PYTHON, RANKS_ORDERS)
+CLAIMS = [
+    Claim(
+        "rate-higher",
+        "LoRA wants a higher rate than full fine-tuning: at least twice as high.",
+        "often said",
+        times(R8, FULL, 2),
+        RATES,
+        f"{SMALL}; rank 8 at alpha 16, and with another alpha the best rate is another",
+        rate_curves,
+    ),
+    Claim(
+        "rate-ten",
+        "LoRA's best rate is ten times that of full fine-tuning: who multiplies by ten is off by 2 at most.",
+        f"{SCHULMAN}; Biderman et al. 2024, arXiv:2405.09673",
+        times(R8, FULL, 5),
+        RATES,
+        f"{SMALL}; Schulman's alpha is 32 at every rank; a ratio above 20 would hold too, and be off on the other side",
+        rate_curves,
+    ),
+    Claim(
+        "rate-any-rank",
+        "With alpha fixed the best rate is the same at every rank: from 1 to 64 it moves by less than 2.",
+        f"{SCHULMAN}; Hu et al. 2021, arXiv:2106.09685, section 4.1",
+        same_rate("r=1", "r=64"),
+        ON_RANKS,
+        f"{SMALL}; of a curve that is flat at its bottom, seeds move the lowest point",
+        rate_curves,
+    ),
+    Claim(
+        "rate-alpha-2r",
+        "With alpha = 2r the rate can stay when the rank changes: from 1 to 64 the best one moves by less than 2.",
+        'guides that advise "alpha = 2r" and one rate',
+        same_rate("r=1, alpha 2", "r=64, alpha 128"),
+        (DIALECT, JSON),
+        f"{SMALL}; nobody goes from 1 to 64, and from 8 to 16 the best rate moves by a sixth of that, in logarithms",
+        rate_curves,
+    ),
+    Claim(
+        "rate-rslora",
+        "With the scale alpha/√r of rsLoRA the rate can stay: from rank 1 to 64 the best one moves by less than 2.",
+        "Kalajdzievski 2023, arXiv:2312.03732, section 4",
+        same_rate("r=1", "r=64, alpha 128"),  # alpha/√r is 16 at rank 1 and 2 at rank 64, as are these
+        (DIALECT, JSON),
+        f"{SMALL}; the paper asks that learning be stable at large ranks, and 64 of a width of 192 is not large",
+        rate_curves,
+    ),
+    Claim(
+        "rate-short",
+        "The shorter the run, the more LoRA's best rate lies above full fine-tuning's: at 25 steps a quarter more.",
+        f"{SCHULMAN}: 15 times in short runs, 10 in longer ones",
+        longer_lower(1.25),
+        (LENGTHS,),
+        "one task; four best rates make the number, and the error of each is in it",
+    ),
+    Claim(
+        "alpha-free",
+        "Alpha need not be tuned: with a rate of its own, each from 2 to 1024 ends within 10 % of the best.",
+        "Hu et al. 2021, arXiv:2106.09685, section 4.1",
+        alpha_is_free(10),
+        (DIALECT, JSON),
+        f"{SMALL}; the highest over the lowest of four noisy losses is above 0 % where alpha does nothing",
+        rate_curves,
+    ),
+    Claim(
+        "alpha-is-rate",
+        "Alpha is a learning rate in disguise: twice the alpha wants half the rate.",
+        "Hu et al. 2021, arXiv:2106.09685, section 4.1",
+        product_law(75),
+        (DIALECT, JSON),
+        "with A frozen the law is exact under Adam, and at a high alpha A hardly moves: over another range of alphas "
+        "the exponent is another",
+        alpha_law,
+    ),
+    Claim(
+        "batch-lora",
+        "LoRA tolerates large batches less than full fine-tuning: from 16 to 256 it falls further behind.",
+        SCHULMAN,
+        falls_behind("batch 256", "batch 16"),
+        (BATCHES, CODE_BATCHES),
+        f"{EXAMPLES:,} examples are 12 steps of 256, which LoRA spends on starting; along full fine-tuning's run the "
+        "rate has not yet come down, so its share is too large at every batch",
+        batches,
+    ),
+    Claim(
+        "batch-steps",
+        "It is the batch itself: in as few steps with a batch of 16 LoRA is not as far behind.",
+        SCHULMAN,
+        falls_behind("batch 256", "batch 16" + SHORT),
+        (BATCHES, CODE_BATCHES),
+        "12 steps of each",
+        batches,
+    ),
+    Claim(
+        "batch-rate",
+        "With Adam a larger batch wants a higher rate: 16 times the batch at least twice the rate, by theory 4 times.",
+        "Malladi et al. 2022, arXiv:2205.10287: the square root",
+        times("lora, batch 256", "lora, batch 16", 2),
+        (BATCHES, CODE_BATCHES),
+        "at equal examples a larger batch has fewer steps, which alone want a higher rate",
+        rate_curves,
+    ),
+]
