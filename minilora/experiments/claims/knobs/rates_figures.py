@@ -35,7 +35,7 @@ def titled(axes, title: str):
 def log_ticks(axis, low_and_high: Sequence[float]):
     """1, 2 and 5 of each decade, as far as there is room; and no other names."""
     wide = max(low_and_high) / min(low_and_high)
-    axis.set_major_locator(LogLocator(subs=(1,) if wide > 1000 else (1, 3) if wide > 100 else (1, 2, 5), numticks=20))
+    axis.set_major_locator(LogLocator(subs=(1,) if wide > 1000 else (1, 3) if wide > 30 else (1, 2, 5), numticks=20))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
@@ -77,12 +77,12 @@ def best_rates(title: str, runs: Runs) -> Figure:
         rates, look = [best(record) for record in by_seed.values()], looks([arm])[arm]
         middles.append(geometric_mean(rates))
         axes.plot(rates, [place] * len(rates), look["marker"], color=look["color"], markersize=4, alpha=0.7)
-        axes.plot([middles[-1]], [place], "|", color=look["color"], markersize=14, markeredgewidth=2)
+        axes.plot([middles[-1]], [place], "|", color=look["color"], markersize=12, markeredgewidth=2)
         axes.annotate(f"{middles[-1]:.2g}", (max(rates), place), (8, 0), textcoords="offset points", va="center")
     axes.set(xscale="log", xlabel=f"best {RATE}")
     axes.set_yticks(range(len(runs)), [LOOKS["full"].label if arm == "full" else arm for arm in runs])
     axes.invert_yaxis()
-    axes.margins(x=0.15)
+    axes.set_xlim(min(middles) / 2, max(middles) * 4)
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     log_ticks(axes.xaxis, middles)
@@ -104,7 +104,7 @@ def alpha_law(title: str, runs: Runs) -> Figure:
     axes.plot(alphas, middles, "-s", color=LOOKS["lora"].colour, markersize=5, markerfacecolor="white", label="LoRA")
     axes.set(xscale="log", yscale="log")
     axes.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticks([], minor=True)
     titled(axes, title)
     return finished(figure, axes, xlabel="alpha, at rank 8", ylabel=f"best {RATE}")
 
@@ -137,7 +137,7 @@ def batches(title: str, runs: Runs) -> Figure:
     sizes = sorted({size for at in points.values() for size, _ in at})
     axes.set(xscale="log", yscale="log", xlim=(sizes[0] / 1.6, sizes[-1] * 1.6))
     axes.set_xticks(sizes, list(map(str, sizes)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticks([], minor=True)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high * (high / low) ** 0.12)
     log_ticks(axes.yaxis, axes.get_ylim())
