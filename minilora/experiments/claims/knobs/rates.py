@@ -249,6 +249,7 @@ CLAIMS = [
         longer_lower(1.25),
         (LENGTHS,),
         "one task; four best rates make the number, and the error of each is in it",
+        rate_curves,
     ),
     Claim(
         "alpha-free",
