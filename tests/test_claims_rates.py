@@ -10,7 +10,7 @@ from minilora.adapters.inject import apply_lora, lora_layers
 from minilora.adapters.variants import freeze_A
 from minilora.config import LoRAConfig
 from minilora.experiments.claims import study
-from minilora.experiments.claims.knobs import rates, rates_runs
+from minilora.experiments.claims.knobs import rates, rates_runs, rates_studies
 from minilora.experiments.claims.knobs.rates_runs import best_rate, bracketed, share_needed
 from minilora.experiments.claims.study import BASES, Setting
 from minilora.experiments.run import open_base
@@ -98,14 +98,16 @@ def test_a_rate_moves_with_the_rank_either_way(name, low, high):
 
 def test_the_scales_of_the_arms_are_those_of_the_three_laws():
     def scale(arm, rslora=False):
-        config = {"r": 8, "lora_alpha": 16} | rates.DIALECT.arms[arm].lora
+        config = {"r": 8, "lora_alpha": 16} | rates_studies.DIALECT.arms[arm].lora
         return config["lora_alpha"] / config["r"] ** (0.5 if rslora else 1)
 
     assert scale("r=1, alpha 2") == scale("r=8") == scale("r=64, alpha 128") == 2, "alpha = 2r"
     assert (scale("r=1"), scale("r=64")) == (16, 0.25), "alpha is 16"
     for r, arm in ((1, "r=1"), (64, "r=64, alpha 128")):
         assert scale(arm) == 16 / r**0.5, "alpha/√r of rsLoRA with alpha 16"
-    assert {arm: rates.DIALECT.arms[arm].lora.get("lora_alpha", 16) for arm in rates.ALPHAS} == rates.ALPHAS
+    assert {
+        arm: rates_studies.DIALECT.arms[arm].lora.get("lora_alpha", 16) for arm in rates_studies.ALPHAS
+    } == rates_studies.ALPHAS
 
 
 def test_the_ratio_in_short_runs_over_that_in_longer_ones():
@@ -118,12 +120,13 @@ def test_the_ratio_in_short_runs_over_that_in_longer_ones():
 
 def test_the_law_of_the_product_has_the_exponent_one():
     for power, verdict in ((1, "holds"), (0.5, "fails"), (0, "fails")):
-        arms = {arm: at(0.1 * alpha**-power) for arm, alpha in rates.ALPHAS.items()}
+        arms = {arm: at(0.1 * alpha**-power) for arm, alpha in rates_studies.ALPHAS.items()}
         assert said("alpha-is-rate", **arms) == (verdict, 100 * power)
-    even = {arm: at(0.01) for arm in rates.ALPHAS}
-    for arm in rates.ALPHAS:
+    even = {arm: at(0.01) for arm in rates_studies.ALPHAS}
+    for arm in rates_studies.ALPHAS:
         for loss, verdict, spread in ((1.05, "holds", 5), (1.25, "fails", 25)):
-            assert said("alpha-free", **even | {arm: at(0.01, loss)}) == (verdict, spread)
+            for name in ("alpha-free", "same-product"):
+                assert said(name, **even | {arm: at(0.01, loss)}) == (verdict, spread)
 
 
 def test_who_lies_further_behind_in_large_batches():
@@ -139,12 +142,14 @@ def test_who_lies_further_behind_in_large_batches():
 
 
 def test_batches_see_as_many_examples():
-    for where in (rates.BATCHES, rates.CODE_BATCHES):
+    for where in (rates_studies.BATCHES, rates_studies.CODE_BATCHES):
         for name, arm in where.arms.items():
             training = arm.settings["training"]
             seen = training["batch_size"] * training["steps"]
             few = name.endswith("few steps")
-            assert (training["steps"] == rates.EXAMPLES // 256) if few else (seen == rates.EXAMPLES), name
+            assert (training["steps"] == rates_studies.EXAMPLES // 256) if few else (seen == rates_studies.EXAMPLES), (
+                name
+            )
 
 
 # A run
@@ -169,11 +174,11 @@ def test_a_curve_is_trained_as_the_arm_says(base, monkeypatch):
 
     monkeypatch.setattr(study, "run", run)
     for where, arm, (method, r, alpha, steps, batch, every) in (
-        (rates.DIALECT, "full", ("full", 8, 16, 100, 16, 100)),
-        (rates.DIALECT, "r=64, alpha 128", ("lora", 64, 128, 100, 16, 100)),
-        (rates.LENGTHS, "r=8, 25 steps", ("lora", 8, 16, 25, 16, 25)),
-        (rates.BATCHES, "lora, batch 256", ("lora", 8, 16, 12, 256, 1)),
-        (rates.BATCHES, "full, batch 16", ("full", 8, 16, 192, 16, 16)),
+        (rates_studies.DIALECT, "full", ("full", 8, 16, 100, 16, 100)),
+        (rates_studies.DIALECT, "r=64, alpha 128", ("lora", 64, 128, 100, 16, 100)),
+        (rates_studies.LENGTHS, "r=8, 25 steps", ("lora", 8, 16, 25, 16, 25)),
+        (rates_studies.BATCHES, "lora, batch 256", ("lora", 8, 16, 12, 256, 1)),
+        (rates_studies.BATCHES, "full, batch 16", ("full", 8, 16, 192, 16, 16)),
     ):
         seen.clear()
         record = rates_runs.curve(Setting(base, where.plans["tiny"], where.arms[arm], None, 7, progress=False))
@@ -186,6 +191,23 @@ def test_a_curve_is_trained_as_the_arm_says(base, monkeypatch):
         assert record["best_validation_loss"] == pytest.approx(lowest, abs=1e-4) and lowest < 1.5
         assert all((loss is None) == (rate > 0.03) for rate, loss in record["curve"])
         assert record["scores"]["best rate, thousandths"] == pytest.approx(1000 * best_rate(record["curve"]), rel=1e-3)
+
+
+def test_runs_of_one_product_differ_in_how_it_is_split(base, monkeypatch):
+    seen = []
+
+    def run(experiment, **more):
+        seen.append((experiment.lora.lora_alpha, experiment.training.learning_rate))
+        return SimpleNamespace(history=SimpleNamespace(validation_loss=[[0, 5.0], [5, 0.5], [100, 1.0]]))
+
+    monkeypatch.setattr(study, "run", run)
+    for arm in rates_studies.SAME_PRODUCT.arms.values():
+        plan = rates_studies.SAME_PRODUCT.plans["tiny"]
+        record = rates_runs.at_one_rate(Setting(base, plan, arm, None, 7, progress=False))
+        assert record["best_validation_loss"] == 1.0, "the last, and not the lowest along the run"
+        assert record["alpha"] == seen[-1][0]
+    assert [alpha for alpha, _ in seen] == [2, 16, 128, 1024]
+    assert {alpha * rate for alpha, rate in seen} == {rates_studies.PRODUCT}
 
 
 def test_with_A_frozen_only_the_product_of_alpha_and_rate_counts(base):
@@ -215,7 +237,7 @@ def test_every_claim_is_drawn(claim):
     """With all arms of the study, and with those of the rule."""
     where = claim.studies[0]
     for arms in (where.arms, claim.rule.arms):
-        runs = {arm: {seed: at(0.01, along=[[0, 4.0], [12, 1.0]]) | {"alpha": rates.ALPHAS.get(arm, 16)}
+        runs = {arm: {seed: at(0.01, along=[[0, 4.0], [12, 1.0]]) | {"alpha": rates_studies.ALPHAS.get(arm, 16)}
                       for seed in range(2)} for arm in arms}  # fmt: skip
         draw = claim.figure if arms is claim.rule.arms else where.figure
         figure = draw("a title", runs)

@@ -1,135 +1,30 @@
 """Claims about the learning rate, the batch and the scale.
 
-All rest on curves of the loss over the rate, one for each arm and seed (`rates_runs`). A bar of 2 is one step of them.
+All but one rest on curves of the loss over the rate, one for each arm and seed (`rates_runs`), in steps of 2.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from minilora.experiments.claims.claim import Claim, Record, Rule
-from minilora.experiments.claims.knobs.rates_figures import alpha_law, batches, best_rates, rate_curves
-from minilora.experiments.claims.knobs.rates_runs import best, curve, share_needed
-from minilora.experiments.claims.study import Arm, Plan, Study
-
-SETTINGS = {"evaluations": 1, "training": {}}
-FULL, R8 = "full", "r=8"  # alpha is 16 unless an arm's name says otherwise
-
-
-def arm_of(method: str, first: float, training: dict[str, Any] | None = None, **lora: float) -> Arm:
-    """An arm whose curve begins at the rate `first`. training: fields of TrainConfig that are not the plan's."""
-    more = {"training": training} if training else {}
-    return Arm(None, dict(lora), {"method": method, "first": first, **more})
-
-
-def ranks_of(full: float, lora: float) -> dict[str, Arm]:
-    """Where the curves begin: of full fine-tuning, and of LoRA with alpha 16."""
-    ranks = {f"r={r}": arm_of("lora", lora, r=r) for r in (1, 8, 64)}
-    return {FULL: arm_of("full", full), **ranks}
-
-
-def alphas_of(lora: float) -> dict[str, Arm]:
-    """alpha 2r at the ends of the ranks, and at rank 8 the scale from an eighth of that to 64 times as much."""
-    return {
-        "r=1, alpha 2": arm_of("lora", 2 * lora, r=1, lora_alpha=2),
-        "r=64, alpha 128": arm_of("lora", lora / 4, r=64, lora_alpha=128),
-        "r=8, alpha 2": arm_of("lora", 4 * lora, lora_alpha=2),
-        "r=8, alpha 128": arm_of("lora", lora / 4, lora_alpha=128),
-        "r=8, alpha 1024": arm_of("lora", lora / 16, lora_alpha=1024),
-    }
-
-
-def study_of(
-    name: str, about: str, arms: dict[str, Arm], scale: str, plan: Plan, figure=best_rates, **settings
-) -> Study:
-    plan = Plan(plan.data, plan.steps, plan.seeds, plan.minutes, SETTINGS | settings)
-    return Study(name, about, arms, {scale: plan}, curve, figure=figure)
-
-
-TOOLS = "the last loss at rates in steps of 2 until the lowest is between two that are higher, for each seed"
-DIALECT = study_of(
-    "rates-dialect",
-    f"a hundred new words; {TOOLS}",
-    ranks_of(full=1e-3, lora=2e-3) | alphas_of(lora=2e-3),
-    "tiny",
-    Plan("dialect", steps=100, seeds=3, minutes=1.5),
+from minilora.experiments.claims.knobs.rates_figures import alpha_law, batches, rate_curves
+from minilora.experiments.claims.knobs.rates_runs import best, share_needed
+from minilora.experiments.claims.knobs.rates_studies import (
+    ALPHAS,
+    BATCHES,
+    CODE_BATCHES,
+    DIALECT,
+    EXAMPLES,
+    FULL,
+    JSON,
+    LENGTHS,
+    ORDERS,
+    PYTHON,
+    R8,
+    RANKS_ORDERS,
+    SAME_PRODUCT,
+    SHORT,
 )
-JSON = study_of(
-    "rates-json",
-    f"a new format, 30 steps, as in `json`; {TOOLS}",
-    ranks_of(full=5e-4, lora=2e-3) | alphas_of(lora=2e-3),
-    "tiny",
-    Plan("json", steps=30, seeds=3, minutes=1),
-)
-PYTHON = study_of(
-    "rates-python",
-    f"source code, of which the base knows nothing; {TOOLS}",
-    ranks_of(full=1e-3, lora=2e-3),
-    "tiny",
-    Plan("python-code", steps=100, seeds=3, minutes=3),
-)
-ORDERS = study_of(
-    "rates-orders",
-    f"orders as JSON, 30 steps of 8; {TOOLS}",
-    {name: arm for name, arm in ranks_of(full=1e-4, lora=1e-3).items() if name in (FULL, R8)},
-    "smollm2",
-    Plan("orders", steps=30, seeds=3, minutes=12),
-)
-RANKS_ORDERS = study_of(
-    "rates-orders-ranks",
-    "as rates-orders",
-    {name: arm for name, arm in ranks_of(full=1e-4, lora=1e-3).items() if name in ("r=1", "r=64")},
-    "smollm2",
-    Plan("orders", steps=30, seeds=2, minutes=12),
-)
-LENGTHS = study_of(
-    "rates-lengths",
-    f"as rates-dialect, 25 and 200 steps; {TOOLS}",
-    {
-        f"{name}, {steps} steps": arm_of(method, first, {"steps": steps})
-        for name, method, first in ((FULL, "full", 1e-3), (R8, "lora", 2e-3))
-        for steps in (25, 200)
-    },
-    "tiny",
-    Plan("dialect", steps=200, seeds=3, minutes=1.5),
-)
-
-EXAMPLES = 3072
-SHORT = ", few steps"  # as few with the small batch as with the large one
-
-
-def batch_arms(full: float, lora: float) -> dict[str, Arm]:
-    """The same number of examples in batches of 16, 64 and 256; and as many steps with the least as with the most."""
-    training = {f"batch {size}": {"batch_size": size, "steps": EXAMPLES // size} for size in (16, 64, 256)}
-    training["batch 16" + SHORT] = {"batch_size": 16, "steps": EXAMPLES // 256}
-    return {
-        f"{method}, {name}": arm_of(method, first, each)
-        for method, first in (("full", full), ("lora", lora))
-        for name, each in training.items()
-    }
-
-
-BATCHES = study_of(
-    "batches",
-    f"a hundred new words, {EXAMPLES:,} examples in batches of 16 to 256; {TOOLS}",
-    batch_arms(full=1e-3, lora=4e-3),
-    "tiny",
-    Plan("dialect", steps=EXAMPLES // 16, seeds=3, minutes=1.5),
-    batches,
-    evaluations=12,
-)
-CODE_BATCHES = study_of(
-    "batches-python",
-    f"source code, {EXAMPLES:,} rows in batches of 16 to 256; {TOOLS}",
-    batch_arms(full=1e-3, lora=4e-3),
-    "tiny",
-    Plan("python-code", steps=EXAMPLES // 16, seeds=3, minutes=4),
-    batches,
-    evaluations=12,
-)
-
-
-# The rules
 
 
 def times(arm: str, than: str, bar: float) -> Rule:
@@ -157,15 +52,14 @@ def longer_lower(bar: float) -> Rule:
     return Rule(arms, words, number, bar, "times")
 
 
-ALPHAS = {"r=8, alpha 2": 2, R8: 16, "r=8, alpha 128": 128, "r=8, alpha 1024": 1024}
+def same_loss(words: str, bar: float = 10) -> Rule:
+    """At every alpha."""
 
-
-def alpha_is_free(bar: float) -> Rule:
     def number(runs: Mapping[str, Record]) -> float:
         losses = [runs[arm]["best_validation_loss"] for arm in ALPHAS]
         return 100 * (max(losses) / min(losses) - 1)
 
-    words = "lowest loss of a curve, by how many percent the highest lies above the lowest of the alphas 2 to 1024"
+    words += ": by how many percent the highest of the alphas 2 to 1024 lies above the lowest"
     return Rule(tuple(ALPHAS), words, number, bar, above=False)
 
 
@@ -255,7 +149,7 @@ CLAIMS = [
         "alpha-free",
         "Alpha need not be tuned: with a rate of its own, each from 2 to 1024 ends within 10 % of the best.",
         "Hu et al. 2021, arXiv:2106.09685, section 4.1",
-        alpha_is_free(10),
+        same_loss("lowest loss of a curve"),
         (DIALECT, JSON),
         f"{SMALL}; the highest over the lowest of four noisy losses is above 0 % where alpha does nothing",
         rate_curves,
@@ -269,6 +163,14 @@ CLAIMS = [
         "with A frozen the law is exact under Adam, and at a high alpha A hardly moves: over another range of alphas "
         "the exponent is another",
         alpha_law,
+    ),
+    Claim(
+        "same-product",
+        "Where alpha times rate is the same, so is the run: from alpha 2 to 1024 the last losses lie within 10 %.",
+        "Hu et al. 2021, arXiv:2106.09685, section 4.1, as it is often retold",
+        same_loss("last loss"),
+        (SAME_PRODUCT,),
+        "one product, below the best one; at a higher one A would move sooner",
     ),
     Claim(
         "batch-lora",

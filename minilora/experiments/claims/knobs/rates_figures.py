@@ -109,6 +109,19 @@ def alpha_law(title: str, runs: Runs) -> Figure:
     return finished(figure, axes, xlabel="alpha, at rank 8", ylabel=f"best {RATE}")
 
 
+def loss_curves(title: str, runs: Runs) -> Figure:
+    """The validation loss along the run, means over seeds."""
+    figure, (axes,) = new_figure()
+    for arm, look in looks(list(runs)).items():
+        steps = [step for step, _ in next(iter(runs[arm].values()))["validation_loss"]]
+        losses = zip(*([loss for _, loss in record["validation_loss"]] for record in runs[arm].values()), strict=True)
+        axes.plot(steps, list(map(geometric_mean, losses)), **look, markersize=4, markevery=2, label=arm)
+    axes.set(yscale="log")
+    log_ticks(axes.yaxis, axes.get_ylim())
+    titled(axes, title)
+    return finished(figure, axes, xlabel="optimizer steps", ylabel="validation loss\n(nats/token)")
+
+
 def batches(title: str, runs: Runs) -> Figure:
     """The loss at the best rate over the batch; beside LoRA's, how much of full fine-tuning's run it takes to be there.
 

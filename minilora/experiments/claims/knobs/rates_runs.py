@@ -32,26 +32,37 @@ def curve(setting: Setting) -> dict:
 
     The arm has no rate that was chosen before: it names its method, and where its curve begins.
     """
-    arm, histories = replace(setting.arm, method=setting["method"]), {}
+    histories = {}
 
     def loss_at(rate: float) -> float | None:
         try:
-            each = replace(setting, arm=arm, rate=rate)
-            run = each.train(setting.dataset(), evaluations=setting["evaluations"], **setting["training"])
+            histories[rate] = trained(setting, rate)
         except NonFiniteError:
             return None
-        histories[rate] = run.history
-        return last(run.history)
+        return last(histories[rate])
 
     found = bracketed(loss_at, setting["first"])
-    lowest = min(histories, key=lambda rate: last(histories[rate]))
     return {
-        "best_validation_loss": last(histories[lowest]),
-        "validation_loss": [[step, round(loss, 5)] for step, loss in histories[lowest].validation_loss],
+        **along(min(histories.values(), key=last)),
         "scores": {"best rate, thousandths": 1000 * best_rate(found)},
         "curve": [[float(f"{rate:.6g}"), loss and round(loss, 5)] for rate, loss in found],
         "alpha": setting.arm.lora.get("lora_alpha", 16),
     }
+
+
+def at_one_rate(setting: Setting) -> dict:
+    return along(trained(setting, setting["rate"])) | {"alpha": setting.arm.lora["lora_alpha"]}
+
+
+def trained(setting: Setting, rate: float) -> History:
+    """A run of the method that the arm's settings name, with their fields of TrainConfig."""
+    setting = replace(setting, arm=replace(setting.arm, method=setting["method"]), rate=rate)
+    return setting.train(setting.dataset(), evaluations=setting["evaluations"], **setting["training"]).history
+
+
+def along(history: History) -> dict:
+    losses = [[step, round(loss, 5)] for step, loss in history.validation_loss]
+    return {"best_validation_loss": last(history), "validation_loss": losses}
 
 
 def last(history: History) -> float:
