@@ -239,6 +239,6 @@ def test_every_claim_is_drawn(claim):
     for arms in (where.arms, claim.rule.arms):
         runs = {arm: {seed: at(0.01, along=[[0, 4.0], [12, 1.0]]) | {"alpha": rates_studies.ALPHAS.get(arm, 16)}
                       for seed in range(2)} for arm in arms}  # fmt: skip
-        draw = claim.figure if arms is claim.rule.arms else where.figure
+        draw = claim.figure if claim.figure and arms is claim.rule.arms else where.figure
         figure = draw("a title", runs)
         assert figure.axes and figure.axes[0].get_title() and figure.axes[0].get_xlabel()
