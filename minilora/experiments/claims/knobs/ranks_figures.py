@@ -1,6 +1,7 @@
 """The figure of the claims about ranks and layers: the loss of every arm on one axis."""
 
 import statistics
+import textwrap
 from collections.abc import Mapping
 
 from minilora.experiments.claims.claim import interval
@@ -20,7 +21,7 @@ def group_of(arm: str, method: str) -> str:
 def ladder(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figure:
     """A mean with its 90 % interval and a dot for each seed; under it the right answers. The untuned base is named."""
     trained = {arm: list(by_seed.values()) for arm, by_seed in runs.items() if arm != "base"}
-    figure, (axes,) = new_figure(max(5, 1.2 + 0.5 * len(trained)), 3.4)
+    figure, (axes,) = new_figure(max(5, 1.2 + 0.53 * len(trained)), 3.4)
     lines: dict[str, list[tuple[int, float]]] = {label: [] for label in LOOKS}
     ticks = []
     for place, (arm, records) in enumerate(trained.items()):
@@ -32,7 +33,7 @@ def ladder(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figure:
         if len(values) > 1:
             low, _, high = interval(values)
             axes.errorbar(place, mean, [[mean - low], [high - mean]], color=colour, capsize=4)
-        ticks.append(look_of(arm).label.replace(", ", ",\n"))
+        ticks.append(textwrap.fill(look_of(arm).label, 10))
         if "scores" in records[0]:
             ticks[-1] += f"\n{statistics.mean(record['scores']['task'] for record in records):.0%}"
         if arm == "r=8":
