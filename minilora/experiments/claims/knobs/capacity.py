@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from minilora.experiments.claims.claim import Claim, Record, Rule
+from minilora.experiments.claims.knobs.capacity_figures import by_load, by_need, by_parameters, by_rounding
 from minilora.experiments.claims.knobs.capacity_runs import measure
 from minilora.experiments.claims.study import Arm, Plan, Study
 
@@ -44,6 +45,7 @@ CAPACITY = Study(
     {"tiny": Plan("random pairs", steps=2000, seeds=3, minutes=8, settings=SETTINGS)},
     measure,
     chosen_by="missing",
+    figure=by_parameters,
 )
 FORM = Study(
     "capacity-form",
@@ -52,6 +54,7 @@ FORM = Study(
     {"tiny": Plan("random pairs", steps=2000, seeds=3, minutes=8, settings=SETTINGS)},
     measure,
     chosen_by="missing",
+    figure=by_parameters,
 )
 
 
@@ -147,6 +150,7 @@ CLAIMS = [
         kept("bfloat16", "r=1", "r=8", "MLP r=1", "all r=1", bar=99),
         (CAPACITY,),
         SHORT,
+        by_rounding,
     ),
     Claim(
         "capacity-4-bits",
@@ -155,6 +159,7 @@ CLAIMS = [
         kept("4 bits", "r=1", "r=8", "MLP r=1", "all r=1", bar=90),
         (CAPACITY,),
         SHORT,
+        by_rounding,
     ),
     Claim(
         "capacity-bfloat16-training",
@@ -171,6 +176,7 @@ CLAIMS = [
         overfull("r=1, 128 pairs", "r=1", *[name for name in LOADS if "128" not in name]),
         (CAPACITY,),
         SHORT,
+        by_load,
     ),
     Claim(
         "capacity-predicts",
@@ -179,19 +185,21 @@ CLAIMS = [
         predicted("facts r=1", "r=1"),
         (CAPACITY,),
         SHORT,
+        by_need,
     ),
     Claim(
         "capacity-enough",
         "An adapter with room for twice the bits of its facts learns all of them.",
         "our own prediction, made before the runs",
         Rule(
-            ("facts r=4", "facts r=1", "r=1"),
+            ("facts r=1", "facts r=2", "facts r=4", "r=1"),
             "facts that facts r=4 knows, word for word",
             lambda runs: 100 * runs["facts r=4"]["scores"]["right"],
             95,
         ),
         (CAPACITY,),
         SHORT,
+        by_need,
     ),
     Claim(
         "capacity-full",
