@@ -1,14 +1,19 @@
 """The figures of the studies of capacity."""
 
+import re
 from collections.abc import Mapping
 from statistics import fmean
+
+from matplotlib.ticker import FixedLocator, NullFormatter
 
 from minilora.experiments.claims.knobs.capacity_runs import ROUNDED
 from minilora.experiments.figures import Figure, finished, new_figure
 
 Runs = Mapping[str, Mapping[int, Mapping]]  # by arm and by seed
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")
-MARKERS = "os^DvP"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9", "#999999")
+MARKERS = "os^DvP<X"
+SMALL = {"textcoords": "offset points", "fontsize": 7}
+TICKS = (500, 1000, 2000, 5000, 10_000, 20_000, 50_000)
 THIN = {"color": "#999999", "linestyle": ":", "linewidth": 1, "zorder": 0}
 
 
@@ -17,29 +22,27 @@ def mean_of(by_seed: Mapping[int, Mapping], name: str) -> float:
 
 
 def by_parameters(title: str, runs: Runs) -> Figure:
-    """Bits stored over trained parameters, both logarithmic; a line for so many bits a parameter. Facts are hollow."""
-    figure, (axes,) = new_figure(5, 3.4)
-    shown = {arm: by_seed for arm, by_seed in runs.items() if by_seed and arm != "base" and " pairs" not in arm}
-    sizes = [next(iter(by_seed.values()))["parameters"] for by_seed in shown.values()]
-    ends = [0.8 * min(sizes), 1.5 * max(sizes)]
+    """Bits stored over trained parameters, both logarithmic, of adapters that have more to learn than they can hold."""
+    figure, (axes,) = new_figure(5.5, 3.2)
+    full = [arm for arm, by_seed in runs.items() if by_seed and arm != "base" and not re.search("facts|pairs", arm)]
+    sizes = [next(iter(runs[arm].values()))["parameters"] for arm in full]
+    ends = [0.8 * min(sizes), 1.6 * max(sizes)]
     for bits in (2, 1, 0.5):
         axes.plot(ends, [bits * end for end in ends], **THIN)
-        axes.annotate(f"{bits:g} bits a parameter", (ends[0], bits * ends[0]), (2, 3), **SMALL, color="#666666")
-    for place, (arm, by_seed) in enumerate(shown.items()):
-        stored = [run["scores"]["stored"] for run in by_seed.values()]
-        colour, size = COLOURS[place % 6], sizes[place]
-        face = "white" if "facts" in arm else colour
-        look = dict(color=colour, markerfacecolor=face, marker=MARKERS[place % 6], markersize=6, capsize=3)
+        axes.annotate(f"{bits:g} a parameter", (ends[0], bits * ends[0]), (4, 14), **SMALL, rotation=34)
+    for arm, size, colour, marker in zip(full, sizes, COLOURS, MARKERS, strict=False):
+        stored = [run["scores"]["stored"] for run in runs[arm].values()]
         spread = [[fmean(stored) - min(stored)], [max(stored) - fmean(stored)]]
-        label = f"{arm}: {mean_of(by_seed, 'per parameter'):.2f}"
-        axes.errorbar(size, fmean(stored), spread, linestyle="", label=label, **look)
+        label = f"{arm}: {mean_of(runs[arm], 'per parameter'):.2f}"
+        axes.errorbar(size, fmean(stored), spread, linestyle="", color=colour, marker=marker, capsize=3, label=label)
     axes.set(xscale="log", yscale="log", xlabel="trained parameters", ylabel="bits stored", xlim=ends)
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        axis.set_major_locator(FixedLocator([tick for tick in TICKS if low < tick < high]))
+        axis.set_major_formatter("{x:,g}")
+        axis.set_minor_formatter(NullFormatter())
     axes.set_title(title, fontsize="small", wrap=True)
     figure.legend(frameon=False, fontsize=7, loc="outside right upper", title="bits a parameter", title_fontsize=7)
     return figure
-
-
-SMALL = {"textcoords": "offset points", "fontsize": 7}
 
 
 def by_load(title: str, runs: Runs) -> Figure:
