@@ -16,6 +16,7 @@ from minilora.experiments.tune import TUNING_SEED
 from minilora.lora import LoRALinear
 from minilora.text.newcomers import TINY, Newcomers
 from minilora.text.pairs import pairs, words
+from minilora.train import train
 from minilora.train_settings import IGNORE
 
 
@@ -140,7 +141,11 @@ def test_the_seeds_of_an_arm_are_trained_once_and_a_tuning_run_by_itself(base, m
     capacity_runs.LAST.clear()
 
 
-def test_a_run_says_what_is_stored_by_step_and_when_rounded(base):
+def test_a_run_says_what_is_stored_by_step_and_when_rounded(base, monkeypatch):
+    steps = []
+    monkeypatch.setattr(
+        capacity_runs, "train", lambda *args, **more: steps.append(args[2].steps) or train(*args, **more)
+    )
     first, second = capacity_runs.trained(small(base, steps=20), [0, 1])
     scores = first["scores"]
     assert [step for step, _ in first["curve"]] == list(range(1, 21))
@@ -151,7 +156,23 @@ def test_a_run_says_what_is_stored_by_step_and_when_rounded(base):
     assert scores["new"] < scores["stored"], "pairs that were not trained are not known"
     assert list(first["rounded"]) == list(capacity_runs.ROUNDED) and second["rounded"] != first["rounded"]
     (quick,) = capacity_runs.trained(small(base, TUNING_SEED, steps=20), [TUNING_SEED])
-    assert set(quick) == {"bits", "missing", "scores"}
+    assert set(quick) == {"bits", "missing", "scores"} and steps == [20, 5]
+
+
+def test_each_rounding_begins_with_the_adapter_as_it_was_trained(base):
+    rows, _ = to_learn(small(base), [0, 1])
+    model = base.load().requires_grad_(False)
+    capacity_runs.put_in(model, capacity.QV, 1, [0, 1])
+    adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for parameter in adapter:
+            parameter.add_(torch.randn_like(parameter) / 20)
+    missing = capacity_runs.when_rounded(model, rows, 2)
+    kept = [parameter.clone() for parameter in adapter]
+    assert torch.equal(missing["8 bits"], capacity_runs.when_rounded(model, rows, 2)["8 bits"])
+    round_adapters(model, 3)
+    assert torch.equal(recall(model, rows, 2)[0], missing["3 bits"])
+    assert all(not torch.equal(parameter, was) for parameter, was in zip(adapter, kept, strict=True))
 
 
 def test_an_adapter_is_rounded_to_so_many_bits():
