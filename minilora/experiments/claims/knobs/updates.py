@@ -1,5 +1,231 @@
-"""Claims about what an update looks like."""
+"""Claims about what an update looks like: new singular vectors, directions that runs share, and its rank."""
 
-from minilora.experiments.claims.claim import Claim
+from collections.abc import Mapping
 
-CLAIMS: list[Claim] = []
+from minilora.experiments.claims.bars import bars
+from minilora.experiments.claims.claim import Claim, Record, Rule, quantity
+from minilora.experiments.claims.knobs.updates_figures import along_the_run, by_cosine, by_length, by_size
+from minilora.experiments.claims.knobs.updates_runs import new_vectors, ranks_by_step, shared_directions
+from minilora.experiments.claims.study import Arm, Plan, Study
+from minilora.experiments.claims.uses.forgetting_rules import price, reached
+
+# New singular vectors
+
+
+def lora(r: int, alpha: int) -> dict[str, int]:
+    return {"r": r, "lora_alpha": alpha}
+
+
+CROSSED = {  # each method also at the other's rate
+    "full": Arm("full"),
+    "r=8": Arm("lora", lora(8, 16)),
+    "full, LoRA's rate": Arm("full", rate_of="r=8"),
+    "r=8, full's rate": Arm("lora", lora(8, 16), rate_of="full"),
+}
+R1 = {"r=1": Arm("lora", lora(1, 2))}
+R64 = {"r=64": Arm("lora", lora(64, 128)), "r=64, alpha 16": Arm("lora", lora(64, 16))}
+ABOUT = (
+    "the first 10 left singular vectors of each W + ΔW beside all of W's; alpha is 2r; shuffled: ΔW's rows, columns "
+)
+ABOUT += "and signs at random"
+COUNTED = bars(["intruders", "intruders, shuffled"], "new among the first 10 singular vectors, mean of matrices", bar=1)
+SETTINGS = {"stride": 1, "evaluations": 10}  # stride: of every so many blocks one is looked at
+FEW = {"stride": 5, "evaluations": 6}
+DIALECT = Study(
+    "intruders",
+    ABOUT,
+    {**CROSSED, **R1, **R64},
+    {"tiny": Plan("dialect", steps=100, seeds=3, minutes=0.6, settings=SETTINGS)},
+    new_vectors,
+    figure=COUNTED,
+)
+ORDERS = Study(
+    "intruders-orders",
+    f"{ABOUT}; of six blocks of thirty",
+    {**CROSSED, **R1, "full, rate x3": Arm("full", rate_of="full", rate_times=3)},
+    {"smollm2": Plan("orders", steps=30, seeds=3, minutes=4, settings=FEW)},
+    new_vectors,
+    figure=COUNTED,
+)
+BOTH = (DIALECT, ORDERS)
+
+# What runs share, and how much rank there is
+
+SHARED = Study(
+    "directions",
+    "right singular vectors of two adapters of r=64 and of one of r=8, of three seeds; alpha 16, the rate of r=64",
+    {"r=64": Arm("lora", lora(64, 16))},
+    {
+        "tiny": Plan("dialect", steps=100, seeds=3, minutes=1.5, settings=SETTINGS),
+        "smollm2": Plan("orders", steps=30, seeds=2, minutes=10, settings=FEW),
+    },
+    shared_directions,
+    figure=by_size,
+)
+LENGTH = Study(
+    "update-rank",
+    "full fine-tuning; how many directions hold 90 % of each linear layer's ΔW along one run",
+    {"full": Arm("full")},
+    {
+        "tiny": Plan("dialect", steps=300, seeds=3, minutes=1.2, settings=SETTINGS),
+        "smollm2": Plan("orders", steps=100, seeds=2, minutes=10, settings=FEW),
+    },
+    ranks_by_step,
+    figure=by_length,
+)
+
+SHUTTLEWORTH = "Shuttleworth et al. 2024, arXiv:2410.21228"
+OF_TEN = "singular vectors among the first 10 whose cosine with each of W's is below 0.5, mean of matrices"
+ROTATED = (
+    "where W's singular values lie close together, a small change turns their vectors into each other, and a vector "
+    "counts as new that lies among W's first ones; one task, 30 to 100 steps"
+)
+
+
+def counts_of(runs: Mapping[str, Record], arm: str, name: str = "intruders") -> float:
+    return runs[arm]["scores"][name]
+
+
+def at_equal_loss(runs: Mapping[str, Record]) -> float:
+    level = max(reached(runs["r=8"]), reached(runs["full"]))
+    return price(runs["r=8"], level) - price(runs["full"], level)
+
+
+def of_ranks(words: str, number, bar: float) -> Rule:
+    return Rule(("full",), words, lambda runs: number([rank for _, rank in runs["full"]["ranks"]]), bar, "times")
+
+
+def rank_1_gain(runs: Mapping[str, Record]) -> float:
+    trained, cut = (counts_of(runs, arm, "loss at rank 1") for arm in ("r=1", "full"))
+    return 100 * (cut - trained) / cut
+
+
+CLAIMS = [
+    Claim(
+        "intruders-lora",
+        "LoRA puts new singular vectors at the top of a weight.",
+        f"{SHUTTLEWORTH}, abstract",
+        quantity("r=8", "intruders", f"with r=8, {OF_TEN}", 1, "of 10"),
+        BOTH,
+        ROTATED,
+    ),
+    Claim(
+        "intruders-full",
+        "Full fine-tuning puts none there.",
+        f"{SHUTTLEWORTH}, abstract",
+        quantity("full", "intruders", f"with full fine-tuning, {OF_TEN}", 1, "of 10", above=False),
+        BOTH,
+        ROTATED,
+    ),
+    Claim(
+        "intruders-loss",
+        "LoRA that has learned as much as full fine-tuning has more new singular vectors.",
+        f"{SHUTTLEWORTH}, abstract",
+        Rule(
+            ("r=8", "full"),
+            f"{OF_TEN}: of r=8 above those of full, at the lowest task loss that both reach along their runs",
+            at_equal_loss,
+            1,
+            "of 10",
+        ),
+        BOTH,
+        "full fine-tuning is there after a few steps, in the middle of its run, at a rate that has not come down yet",
+        along_the_run,
+    ),
+    Claim(
+        "intruders-rate",
+        "It is the rate: full fine-tuning at LoRA's rate has as many new singular vectors.",
+        "put here as a control of intruders-full",
+        Rule(
+            ("full, LoRA's rate", "r=8", "full", "r=8, full's rate"),
+            f"{OF_TEN}: of full at LoRA's rate above those of r=8 at the same rate",
+            lambda runs: counts_of(runs, "full, LoRA's rate") - counts_of(runs, "r=8"),
+            -1,
+            "of 10",
+        ),
+        BOTH,
+        "at that rate full fine-tuning may learn badly, and nobody would use it; one rate has not the same meaning for "
+        "W as for A and B",
+        by_cosine,
+    ),
+    Claim(
+        "intruders-size",
+        "It is the size: an update with LoRA's singular values and random directions makes as many.",
+        "put here as a control of intruders-lora",
+        Rule(
+            ("r=8",),
+            f"{OF_TEN}: with the rows, columns and signs of ΔW shuffled, above those of ΔW itself",
+            lambda runs: counts_of(runs, "r=8", "intruders, shuffled") - counts_of(runs, "r=8"),
+            -1,
+            "of 10",
+        ),
+        BOTH,
+        "that a random update makes new vectors does not say that LoRA's are random",
+    ),
+    Claim(
+        "directions-ranks",
+        "The most important direction is the same at rank 8 and at rank 64.",
+        "Hu et al. 2021, arXiv:2106.09685, section 7.2",
+        Rule(
+            ("r=64",),
+            "percent of the first right singular vector of A with r=8 that lies along that with r=64 (cosine squared), "
+            "mean of matrices",
+            lambda runs: 100 * counts_of(runs, "r=64", "top, ranks"),
+            50,
+        ),
+        (SHARED,),
+        "A starts at random and different in each run, which lowers what they share; of the product BA see the figure. "
+        "The paper looks at q and v of a model a thousand times as large",
+    ),
+    Claim(
+        "directions-seeds",
+        "Two runs that differ in their seed alone find the same directions.",
+        "Hu et al. 2021, section 7.2, figure 4, as it is often retold",
+        Rule(
+            ("r=64",),
+            "percent of the first 8 right singular vectors of A with one seed that lies in the span of those with "
+            "another, r=64, mean of matrices",
+            lambda runs: 100 * counts_of(runs, "r=64", "8, seeds"),
+            50,
+        ),
+        (SHARED,),
+        "the seed decides A's start and the order of the rows; 8 of 64 directions, where the task may need fewer",
+    ),
+    Claim(
+        "update-rank",
+        "The update of full fine-tuning has ten times the rank of LoRA's, or more.",
+        "Biderman et al. 2024, arXiv:2405.09673, abstract",
+        of_ranks("directions that hold 90 % of ΔW, mean of matrices, in units of r=8", lambda ranks: ranks[-1] / 8, 10),
+        (LENGTH,),
+        "matrices of 64 to 192 and of 192 to 576 directions, the paper's have thousands; 90 % of ‖ΔW‖² is not 90 % of "
+        "the task: see low-rank",
+    ),
+    Claim(
+        "update-rank-grows",
+        "The longer full fine-tuning trains, the higher the rank of its update.",
+        "Biderman et al. 2024, section on the spectrum of updates",
+        of_ranks(
+            "directions that hold 90 % of ΔW after the run, over those after a tenth of it",
+            lambda ranks: ranks[-1] / ranks[1],
+            1.5,
+        ),
+        (LENGTH,),
+        "one run, whose rate comes down by a cosine, in place of runs of several lengths; some passes over a small set",
+    ),
+    Claim(
+        "rank-1",
+        "Rank 1 that was trained does better than the best rank 1 in full fine-tuning's update.",
+        "put here after low-rank, whose cut to rank 1 costs a tenth of the gain",
+        Rule(
+            ("r=1", "full"),
+            "loss of LoRA with r=1 after the run below that of full fine-tuning with each ΔW cut to rank 1, percent of "
+            "the latter, paired by seed",
+            rank_1_gain,
+            20,
+        ),
+        BOTH,
+        "the cut keeps the embedding and the norms as full fine-tuning has trained them, which r=1 does not have; and "
+        "nothing is trained after the cut",
+        bars(["loss at rank 1"], "loss (nats/token)"),
+    ),
+]

@@ -1,0 +1,92 @@
+"""The figures of what an update looks like."""
+
+from collections.abc import Mapping
+from statistics import fmean
+
+from minilora.experiments.claims.knobs.updates_runs import NEAR, NEARS, SIZES
+from minilora.experiments.figures import LEGEND, Figure, finished, new_figure
+
+Runs = Mapping[str, Mapping[int, Mapping]]  # by arm and by seed
+LOOKS = {  # colour and marker; where an arm has another's rate the line is dashed and the marker hollow
+    "full": ("#D55E00", "o"),
+    "r=8": ("#0072B2", "s"),
+    "r=1": ("#56B4E9", "^"),
+    "r=64": ("#000000", "D"),
+}
+
+
+def style_of(arm: str) -> dict:
+    colour, marker = LOOKS[arm.partition(",")[0]]
+    style = dict(color=colour, marker=marker, markersize=4, label="full fine-tuning" if arm == "full" else arm)
+    return style if arm in LOOKS else style | {"linestyle": "--", "markerfacecolor": "white"}
+
+
+def by_cosine(title: str, runs: Runs) -> Figure:
+    """How many vectors count as new, over the cosine below which they do; means over seeds."""
+    figure, (axes,) = new_figure(5, 3.2)
+    for arm, by_seed in runs.items():
+        counts = [run["by_cosine"] for run in by_seed.values() if "by_cosine" in run]  # not of a run that diverged
+        if counts:
+            axes.plot(NEARS, list(map(fmean, zip(*counts, strict=True))), **style_of(arm))
+    axes.axvline(NEAR, color="#999999", linestyle=":", linewidth=1)
+    axes.set_title(title, fontsize="small")
+    label = "new among the first 10\nsingular vectors, mean of matrices"
+    return finished(figure, axes, xlabel="new: its largest cosine with W's is below", ylabel=label)
+
+
+def along_the_run(title: str, runs: Runs) -> Figure:
+    """New vectors over the task loss, along each run from left to right; a line for each seed."""
+    figure, (axes,) = new_figure(5, 3.2)
+    for arm, by_seed in runs.items():
+        for number, run in enumerate(by_seed.values()):
+            _, task, new = zip(*run["curve"], strict=True)
+            axes.plot(task, new, **style_of(arm) | ({} if number == 0 else {"label": None}), linewidth=1)
+    axes.set_xscale("log")
+    axes.invert_xaxis()
+    axes.set_title(title, fontsize="small")
+    label = "new among the first 10\nsingular vectors, mean of matrices"
+    return finished(figure, axes, xlabel="task loss (nats/token): learned more to the right", ylabel=label)
+
+
+def by_size(title: str, runs: Runs) -> Figure:
+    """What two runs share of their first i directions, over i; means over seeds, beside random directions."""
+    figure, (axes,) = new_figure(5, 3.4)
+    records = list(runs["r=64"].values())
+    looks = {
+        "seeds, ΔW": ("two seeds of r=64: ΔW", dict(color="#000000", marker="D")),
+        "seeds, A": ("their A", dict(color="#000000", marker="D", linestyle="--", markerfacecolor="white")),
+        "ranks, ΔW": ("r=8 and r=64: ΔW", dict(color="#0072B2", marker="s")),
+        "ranks, A": ("their A", dict(color="#0072B2", marker="s", linestyle="--", markerfacecolor="white")),
+    }
+    for name, (label, style) in looks.items():
+        shares = [100 * fmean(at) for at in zip(*(record["shared"][name] for record in records), strict=True)]
+        axes.plot(SIZES[: len(shares)], shares, label=label, markersize=4, **style)
+    chance = [100 * share for share in records[0]["chance"]]
+    axes.plot(SIZES, chance, color="#999999", linestyle=":", label="random directions")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(SIZES, SIZES)
+    axes.set(xlabel="first directions compared", ylabel="share in common (%)", ylim=(0, None))
+    axes.set_title(title, fontsize="small")
+    figure.legend(**LEGEND, loc="outside lower center", ncols=3)
+    return figure
+
+
+def by_length(title: str, runs: Runs) -> Figure:
+    """The rank of ΔW over the steps of a run, a line for each seed, beside LoRA's 8 and what the matrices allow."""
+    figure, (axes,) = new_figure()
+    for number, run in enumerate(runs["full"].values()):
+        steps, ranks = zip(*run["ranks"], strict=True)
+        axes.plot(steps, ranks, **style_of("full") | ({} if number == 0 else {"label": None}))
+    possible = run["scores"]["possible"]
+    for height, line, label in (
+        (8, "--", "LoRA's r=8"),
+        (80, ":", "ten times that"),
+        (possible, "-", "the most there is"),
+    ):
+        axes.axhline(height, color="#666666", linestyle=line, linewidth=1, label=label)
+    axes.set(xscale="log", yscale="log", title=title)
+    axes.set_xticks(steps, steps, minor=False)
+    axes.minorticks_off()
+    ticks = (8, 20, 40, 80, 160, 320)
+    axes.set_yticks(ticks, ticks)
+    return finished(figure, axes, xlabel="steps", ylabel="directions with 90 % of ‖ΔW‖²")
