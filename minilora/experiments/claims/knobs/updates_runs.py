@@ -53,6 +53,7 @@ class Before:
             name: layer.weight.detach() for name, layer in linears.items() if not int(name.split(".")[2]) % stride
         }
         self.U = {name: left(W) for name, W in self.W.items()}
+        self.tenth = {name: directions(W)[0][TOP - 1].sqrt() for name, W in self.W.items()}  # singular value
 
     def changes(self, model: nn.Module) -> dict[str, Tensor]:
         """ΔW by name."""
@@ -106,10 +107,7 @@ def new_vectors(setting: Setting) -> dict[str, Any]:
     changes, history = before.changes(finished.model), finished.history.validation_loss
     cosines = before.cosines(changes)
     turned = {name: shuffled(change, setting.seed) for name, change in changes.items()}
-    sizes = [
-        directions(change)[0][0].sqrt() / directions(before.W[name])[0][TOP - 1].sqrt()
-        for name, change in changes.items()
-    ]
+    sizes = [directions(change)[0][0].sqrt() / before.tenth[name] for name, change in changes.items()]
     return losses(finished) | {
         "curve": [[step, round(loss, 5), new] for (step, loss), new in zip(history, counts, strict=True)],
         "by_cosine": [count(cosines, near) for near in NEARS],
