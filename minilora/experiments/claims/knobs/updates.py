@@ -28,7 +28,7 @@ ABOUT = (
     "the first 10 left singular vectors of each W + ΔW beside all of W's; alpha is 2r; shuffled: ΔW's rows, columns "
 )
 ABOUT += "and signs at random"
-COUNTED = bars(["intruders", "intruders, shuffled"], "new among the first 10 singular vectors, mean of matrices", bar=1)
+COUNTED = bars(["intruders", "intruders, shuffled"], "new of the first 10 singular vectors", bar=1)
 SETTINGS = {"stride": 1, "evaluations": 10}  # stride: of every so many blocks one is looked at
 FEW = {"stride": 5, "evaluations": 6}
 DIALECT = Study(
@@ -226,6 +226,6 @@ CLAIMS = [
         BOTH,
         "the cut keeps the embedding and the norms as full fine-tuning has trained them, which r=1 does not have; and "
         "nothing is trained after the cut",
-        bars(["loss at rank 1"], "loss (nats/token)"),
+        bars(["loss at rank 1"], "loss (nats/token): r=1 trained, full cut to rank 1"),
     ),
 ]

@@ -7,6 +7,7 @@ from minilora.experiments.claims.knobs.updates_runs import NEAR, NEARS, SIZES
 from minilora.experiments.figures import LEGEND, Figure, finished, new_figure
 
 Runs = Mapping[str, Mapping[int, Mapping]]  # by arm and by seed
+NEW = "new of the first 10\nsingular vectors"
 LOOKS = {  # colour and marker; where an arm has another's rate the line is dashed and the marker hollow
     "full": ("#D55E00", "o"),
     "r=8": ("#0072B2", "s"),
@@ -30,8 +31,7 @@ def by_cosine(title: str, runs: Runs) -> Figure:
             axes.plot(NEARS, list(map(fmean, zip(*counts, strict=True))), **style_of(arm))
     axes.axvline(NEAR, color="#999999", linestyle=":", linewidth=1)
     axes.set_title(title, fontsize="small")
-    label = "new among the first 10\nsingular vectors, mean of matrices"
-    return finished(figure, axes, xlabel="new: its largest cosine with W's is below", ylabel=label)
+    return finished(figure, axes, xlabel="new: its largest cosine with W's is below", ylabel=NEW)
 
 
 def along_the_run(title: str, runs: Runs) -> Figure:
@@ -44,8 +44,7 @@ def along_the_run(title: str, runs: Runs) -> Figure:
     axes.set_xscale("log")
     axes.invert_xaxis()
     axes.set_title(title, fontsize="small")
-    label = "new among the first 10\nsingular vectors, mean of matrices"
-    return finished(figure, axes, xlabel="task loss (nats/token): learned more to the right", ylabel=label)
+    return finished(figure, axes, xlabel="task loss (nats/token): learned more to the right", ylabel=NEW)
 
 
 def by_size(title: str, runs: Runs) -> Figure:
@@ -73,7 +72,7 @@ def by_size(title: str, runs: Runs) -> Figure:
 
 def by_length(title: str, runs: Runs) -> Figure:
     """The rank of ΔW over the steps of a run, a line for each seed, beside LoRA's 8 and what the matrices allow."""
-    figure, (axes,) = new_figure()
+    figure, (axes,) = new_figure(5, 3.4)
     for number, run in enumerate(runs["full"].values()):
         steps, ranks = zip(*run["ranks"], strict=True)
         axes.plot(steps, ranks, **style_of("full") | ({} if number == 0 else {"label": None}))
@@ -84,9 +83,11 @@ def by_length(title: str, runs: Runs) -> Figure:
         (possible, "-", "the most there is"),
     ):
         axes.axhline(height, color="#666666", linestyle=line, linewidth=1, label=label)
-    axes.set(xscale="log", yscale="log", title=title)
-    axes.set_xticks(steps, steps, minor=False)
-    axes.minorticks_off()
-    ticks = (8, 20, 40, 80, 160, 320)
+    axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="directions with 90 % of ‖ΔW‖²")
+    axes.set_title(title, fontsize="small")
+    axes.set_xticks(steps, steps)
+    ticks = [tick for tick in (8, 16, 40, 80, 160, 320) if tick < 2 * possible]
     axes.set_yticks(ticks, ticks)
-    return finished(figure, axes, xlabel="steps", ylabel="directions with 90 % of ‖ΔW‖²")
+    axes.minorticks_off()
+    figure.legend(**LEGEND, loc="outside lower center", ncols=2)
+    return figure
