@@ -13,6 +13,7 @@ from minilora.experiments.claims.study import BASES, Setting
 from minilora.experiments.run import open_base
 from minilora.linear4bit import float_linears
 from minilora.text.batches import Batches
+from minilora.train import evaluate_loss
 from minilora.train_settings import NonFiniteError
 
 
@@ -95,11 +96,26 @@ def test_the_count_follows_the_cosine():
 
 def test_the_rank_of_an_update_is_that_of_what_was_added(before):
     torch.manual_seed(0)
-    changes = {}
+    S, changes = torch.tensor([3.0, 1, 1, 1, 1]), {}  # of 13 in ‖ΔW‖², three directions hold 11 and four 12
     for name, W in before.W.items():
         U, V = (torch.linalg.qr(torch.randn(side, 5)).Q for side in W.shape)
-        changes[name] = U @ V.T  # five directions of one size: four hold 80 %
-    assert before.rank(changes) == 5
+        changes[name] = U * S @ V.T
+    assert before.rank(changes) == 4
+
+
+def test_an_update_is_cut_to_the_best_of_rank_1(base, before, few_rows):
+    torch.manual_seed(0)
+    model = base.load()
+    for linear in float_linears(model).values():
+        linear.weight.data += 0.01 * torch.randn_like(linear.weight)
+    whole = before.changes(model)
+    with torch.no_grad():
+        rows = study.dataset("dialect", base).validation
+        loss = updates_runs.loss_at_rank_1(setting_of(base, updates.DIALECT, "full", 1e-3), model, rows)
+    assert loss == pytest.approx(evaluate_loss(model, rows, 50, "float32"))
+    for name, cut in before.changes(model).items():
+        U, S, Vh = torch.linalg.svd(whole[name])
+        assert torch.allclose(cut, S[0] * torch.outer(U[:, 0], Vh[0]), atol=1e-5), f"{name} is not cut to rank 1"
 
 
 @pytest.mark.parametrize("arm", ["full", "r=8"])
