@@ -73,6 +73,7 @@ def before(base):
 
 def test_a_new_vector_is_one_that_is_large_enough_and_near_none_of_the_old(before):
     """Rank 1 along the sum of all of W's left singular vectors, so far from each; and multiples of W itself."""
+    assert {name.split(".")[2] for name in before.W} == {"0"}, "with a stride of six, one block of six"
 
     def mixed(W, size: float):
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
