@@ -61,7 +61,7 @@ STARTS_FROM_WEIGHT = {"pissa": pissa, "olora": olora}
 
 
 def loftq(
-    W: Tensor, r: int, scaling: float, quantization: Quantization = QLORA, rounds: int = 5
+    W: Tensor, r: int, scaling: float, quantization: Quantization = QLORA, rounds: int = 5, best_of_rank=pissa
 ) -> tuple[QuantizedTensor, Tensor, Tensor, list[float]]:
     """Q in 4 bits, A, B, and the errors ‖W - (Q + s·BA)‖ / ‖W‖: of rounding alone, then after each round.
 
@@ -69,6 +69,7 @@ def loftq(
 
     The second step never makes the error larger; the first may, because it rounds another matrix to other scales. So
     the best round is kept, and not the last. The first round starts at BA = 0 and cannot be worse than rounding alone.
+    best_of_rank: (W, r, s) -> A, B with the s·BA of rank r that is nearest to W, found by whatever decomposition.
     """
     wide = W.detach().to(torch.promote_types(W.dtype, torch.float32))
     size, product = wide.norm().clamp(min=torch.finfo(wide.dtype).tiny), torch.zeros_like(wide)
@@ -78,7 +79,7 @@ def loftq(
         residual = wide - dequantize(quantized, wide.dtype)
         if not errors:
             errors.append((residual.norm() / size).item())
-        A, B = pissa(residual, r, scaling)
+        A, B = best_of_rank(residual, r, scaling)
         product = scaling * B @ A
         errors.append(((residual - product).norm() / size).item())
         if errors[-1] <= min(errors[1:]):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minilora.experiments.claims.claim import Claim, Finding, Runs
 from minilora.experiments.claims.goals import preferences, rewards, teachers
-from minilora.experiments.claims.knobs import automatic, capacity, orders, ranks, rates, updates
+from minilora.experiments.claims.knobs import automatic, bits, capacity, orders, ranks, rates, updates
 from minilora.experiments.claims.study import BASES, Setting, Study, timed
 from minilora.experiments.claims.uses import (
     basics,
@@ -29,7 +29,7 @@ from minilora.storage.files import naming, read_json, replacing
 from minilora.storage.locks import locked
 
 USES = (basics, costs, speed, combining, variants, prompting, facts, data, forgetting)
-KNOBS = (rates, ranks, capacity, updates, orders, automatic)
+KNOBS = (rates, ranks, capacity, updates, orders, bits, automatic)
 GOALS = (preferences, rewards, teachers)
 FAMILIES = USES + KNOBS + GOALS
 CLAIMS = {claim.name: claim for family in FAMILIES for claim in family.CLAIMS}
