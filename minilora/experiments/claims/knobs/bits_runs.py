@@ -41,8 +41,10 @@ HELD_OUT = 64  # rows of 128 tokens
 def english(tokenizer: AnyTokenizer) -> Dataset:
     """Documentation of the standard library in rows of 128 tokens: the last are held out, the others for training."""
     rows = english_rows(tokenizer, ModelBenchSettings(text_rows=400, text_length=128))
-    parts = [Batches(rows.input_ids[part], rows.labels[part]) for part in (slice(-HELD_OUT), slice(-HELD_OUT, None))]
-    return Dataset("english", *parts, None, None, [], training={"batch_size": 8})
+    train, validation = (
+        Batches(rows.input_ids[part], rows.labels[part]) for part in (slice(-HELD_OUT), slice(-HELD_OUT, None))
+    )
+    return Dataset("english", train, validation, None, None, [], training={"batch_size": 8})
 
 
 def data_of(setting: Setting) -> Dataset:

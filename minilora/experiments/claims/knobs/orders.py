@@ -125,7 +125,7 @@ def helps(
     arm: str,
     than: str = "lora",
     studies: tuple[Study, ...] = TASKS,
-    objection: str = "on code every loss is high, so that 5 % of it is much: there the order of the variants says more",
+    objection: str = "LoRA takes the loss on code from 3.9 to 3.4, so 5 % of it are a third of that gain",
     which: str = "best",
 ) -> Claim:
     """At least 5 % lower loss: seeds alone move one by as much. which: of a run's losses, the "best" or the "last"."""
