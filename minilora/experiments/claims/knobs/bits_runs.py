@@ -56,9 +56,10 @@ def data_of(setting: Setting) -> Dataset:
 
 def best_of_rank(W: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
     """A and B of `starts.pissa`, by eigenvalues of W Wᵀ, which a GPU finds many times faster than an SVD."""
-    energies, L, R = directions(W)  # L (out, n) with orthonormal columns, R = S Vᵀ (n, in)
-    root = (energies[:r].sqrt() * scaling).sqrt().to(W.dtype)  # √(S s)
-    return R[:r] / root[:, None], L[:, :r] * root / scaling
+    _, L, R = directions(W)  # (out, n), (n, in): one of them orthonormal, the other with the singular values in it
+    L, R = L[:, :r], R[:r]
+    even = (R.norm(dim=1) / L.norm(dim=0)).sqrt()  # (r,)
+    return R / (even[:, None] * scaling**0.5), L * (even / scaling**0.5)
 
 
 @lru_cache(maxsize=1)  # some minutes' work for a real model, and the same for every seed
