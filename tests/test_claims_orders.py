@@ -103,6 +103,9 @@ def test_eigenvalues_give_the_start_that_an_svd_gives():
         assert torch.allclose(A.norm(dim=1), A_svd.norm(dim=1), atol=1e-5), "A and B share the singular values evenly"
         errors = [loftq(W, 4, 2.0, QLORA, best_of_rank=start)[-1] for start in (bits_runs.best_of_rank, pissa)]
         assert errors[0] == pytest.approx(errors[1], abs=1e-4) and errors[0][-1] < errors[0][0]
+    asked: list = []
+    loftq(W, 4, 2.0, best_of_rank=lambda *which: asked.append(which) or pissa(*which))
+    assert len(asked) == 5, "LoftQ asks for the decomposition that it is given, once a round"
 
 
 @pytest.fixture

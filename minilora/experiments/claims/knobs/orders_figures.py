@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from statistics import fmean
 
+from matplotlib.ticker import NullFormatter
+
 from minilora.experiments.claims.claim import interval
 from minilora.experiments.claims.study import Draw
 from minilora.experiments.figures import Figure, look_of, new_figure
@@ -36,7 +38,10 @@ def gains(measure: str, than: str, without: tuple[str, ...] = ("base",)) -> Draw
         axes.axvline(0, color="black", linewidth=1)
         axes.axvline(BAR, color="black", linestyle="--", linewidth=1)
         axes.set_xscale("symlog", linthresh=10)
+        low, high = axes.get_xlim()
+        axes.set_xticks([tick for tick in (-300, -100, -30, -10, -5, 0, 5, 10, 30, 60) if low <= tick <= high])
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_yticks(range(len(arms)), [look_of(arm).label for arm in arms])
         axes.invert_yaxis()
         axes.set(xlabel=f"loss below that of {look_of(than).label} (%): better to the right")
