@@ -1,0 +1,54 @@
+"""The figures of the studies of ranks chosen by a program."""
+
+from collections.abc import Mapping
+from statistics import fmean
+
+from minilora.experiments.figures import Figure, new_figure
+
+Runs = Mapping[str, Mapping[int, Mapping]]  # by arm and by seed
+KINDS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn")  # of a matrix, and where it stands
+KINDS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
+NAMES = {"gradient": "from the gradient", "adalora": "AdaLoRA", "third": "steepest third"}
+LOOKS = {"hand": ("#0072B2", "o"), "program": ("#D55E00", "s"), "chance": ("#666666", "^")}
+
+
+def losses_by_arm(title: str, runs: Runs) -> Figure:
+    """A dot for each seed's loss, a line for the mean; choices by hand, by a program and by chance look different."""
+    runs = {arm: by_seed for arm, by_seed in runs.items() if arm != "base"}  # its loss is many times as high
+    figure, (axes,) = new_figure(height=1 + 0.3 * len(runs))
+    for place, (arm, by_seed) in enumerate(runs.items()):
+        values = [record["best_validation_loss"] for record in by_seed.values()]
+        kind = "program" if arm in (*NAMES, "one alpha") else "chance" if arm == "shuffled" else "hand"
+        colour, marker = LOOKS[kind]
+        axes.plot(values, [place] * len(values), marker, color=colour, markersize=5, markerfacecolor="none", label=kind)
+        axes.plot([fmean(values)] * 2, [place - 0.35, place + 0.35], color=colour, linewidth=2)
+    if "uniform" in runs:
+        mean = fmean(record["best_validation_loss"] for record in runs["uniform"].values())
+        axes.axvline(mean, color="#0072B2", linestyle=":", linewidth=1)
+    axes.set_yticks(range(len(runs)), [NAMES.get(arm, arm) for arm in runs])
+    axes.invert_yaxis()
+    axes.set(xlabel="best validation loss (nats/token)")
+    axes.set_title(title, fontsize="small", wrap=True)
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    return figure
+
+
+def rank_maps(title: str, runs: Runs) -> Figure:
+    """Which layers get ranks: mean over seeds by layer and by kind of matrix, one map for each program."""
+    arms = [arm for arm in NAMES if arm in runs]
+    figure, panels = new_figure(2.4 * len(arms), 3.2, columns=len(arms))
+    for axes, arm in zip(panels, arms, strict=True):
+        ranks = [record["ranks"] for record in runs[arm].values()]
+        means = [[fmean(at) for at in zip(*(each[kind] for each in ranks), strict=True)] for kind in KINDS]
+        axes.imshow(means, cmap="Blues", vmin=0, vmax=30, aspect="auto")
+        for row, values in enumerate(means):
+            for column, r in enumerate(values):
+                colour = "white" if r > 18 else "black"
+                axes.annotate(f"{r:.0f}", (column, row), ha="center", va="center", fontsize=7, color=colour)
+        axes.set_yticks(range(len(KINDS)), [kind.removesuffix("_proj") for kind in KINDS])
+        axes.set_xticks(range(len(means[0])))
+        axes.set_title(NAMES[arm], fontsize="small")
+        axes.set_xlabel("layer")
+    figure.suptitle(title, fontsize="small")
+    return figure
