@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from minilora.adapters.inject import find_targets, linear_layers, lora_layers
 from minilora.config import LoRAConfig
-from minilora.train import next_token_targets
+from minilora.train import forward, next_token_targets
 from minilora.train_settings import IGNORE
 
 Pairs = Iterable[tuple[Tensor, Tensor]]  # input_ids and labels of each batch, (B, T)
@@ -72,7 +72,7 @@ def gradient_energies(
             for name in () if left else names:  # the last backward pass completes the sums over batches
                 hooks.append(layers[name].weight.register_post_accumulate_grad_hook(partial(keep, name, energies)))
             where = tuple(place.to(device) for place in (targets != IGNORE).nonzero(as_tuple=True))
-            logits = model(ids.to(device), where=where).float()  # (N, V)
+            logits = forward(model, ids.to(device), where, "float32")  # (N, V)
             (F.cross_entropy(logits, targets.to(device)[where], reduction="sum") / counted).backward()
     finally:
         for hook in hooks:

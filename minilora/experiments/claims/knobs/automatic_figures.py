@@ -9,6 +9,7 @@ Runs = Mapping[str, Mapping[int, Mapping]]  # by arm and by seed
 KINDS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn")  # of a matrix, and where it stands
 KINDS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
 NAMES = {"gradient": "from the gradient", "adalora": "AdaLoRA", "third": "steepest third"}
+ALIKE = {"one alpha": "gradient, one alpha", "shuffled": "gradient, shuffled"}
 LOOKS = {"hand": ("#0072B2", "o"), "program": ("#D55E00", "s"), "chance": ("#666666", "^")}
 
 
@@ -18,14 +19,14 @@ def losses_by_arm(title: str, runs: Runs) -> Figure:
     figure, (axes,) = new_figure(height=1 + 0.3 * len(runs))
     for place, (arm, by_seed) in enumerate(runs.items()):
         values = [record["best_validation_loss"] for record in by_seed.values()]
-        kind = "program" if arm in (*NAMES, "one alpha") else "chance" if arm == "shuffled" else "hand"
+        kind = "chance" if arm == "shuffled" else "program" if arm in NAMES | ALIKE else "hand"
         colour, marker = LOOKS[kind]
         axes.plot(values, [place] * len(values), marker, color=colour, markersize=5, markerfacecolor="none", label=kind)
         axes.plot([fmean(values)] * 2, [place - 0.35, place + 0.35], color=colour, linewidth=2)
     if "uniform" in runs:
         mean = fmean(record["best_validation_loss"] for record in runs["uniform"].values())
         axes.axvline(mean, color="#0072B2", linestyle=":", linewidth=1)
-    axes.set_yticks(range(len(runs)), [NAMES.get(arm, arm) for arm in runs])
+    axes.set_yticks(range(len(runs)), [(NAMES | ALIKE).get(arm, arm) for arm in runs])
     axes.invert_yaxis()
     axes.set(xlabel="best validation loss (nats/token)")
     axes.set_title(title, fontsize="small", wrap=True)
