@@ -9,9 +9,8 @@ Over all layers a step at rate η gains the sum of the chosen σ_i², and a step
 want the same components. One costs in + out numbers. So components are taken by σ_i² / (in + out), the largest first,
 until a budget of numbers is spent. A layer's rank is how many of its own were taken; with none it gets no adapter.
 
-What this leaves out: Adam, which scales each number's step; A, which starts at random and not along G (LoRA-GA starts
-it there, Wang et al. 2024); and that G changes in training, during which AdaLoRA (`allocate.py`) moves ranks. GoRA (He
-et al. 2025) sets ranks before it too, by mean |w · ∂L/∂w|.
+What this leaves out: Adam, which scales each number's step; A, which starts at random and not along G, as in LoRA-GA
+(Wang et al. 2024); and that G changes while training. GoRA (He et al. 2025) chooses by mean |w · ∂L/∂w|, also before.
 """
 
 import re
@@ -35,12 +34,10 @@ Pairs = Iterable[tuple[Tensor, Tensor]]  # input_ids and labels of each batch, (
 def gradient_ranks(
     model: nn.Module, batches: Pairs, budget: int, target_modules: Sequence[str] | str = "all-linear"
 ) -> dict[str, int]:
-    """By full name, the ranks of those layers that should get an adapter; `with_ranks` makes a config of them.
-
-    budget: how many numbers may be trained. Raises ValueError as `gradient_energies` and `spend`.
-    """
-    energies, layers = gradient_energies(model, batches, target_modules), linear_layers(model)
-    return spend(energies, {name: layers[name].in_features + layers[name].out_features for name in energies}, budget)
+    """By full name, the ranks of those layers that should get an adapter: see `with_ranks`. budget: how many numbers
+    may be trained. Raises ValueError as `gradient_energies` and `spend`."""
+    costs = {name: layer.in_features + layer.out_features for name, layer in linear_layers(model).items()}
+    return spend(gradient_energies(model, batches, target_modules), costs, budget)
 
 
 def gradient_energies(
@@ -58,12 +55,12 @@ def gradient_energies(
     names = find_targets(list(layers), target_modules)
     if coded := [name for name in names if not hasattr(layers[name], "weight")]:
         raise ValueError(f"{coded[0]} is in 4 bits, and codes have no gradient; choose ranks on the base in floats")
-    pairs = [(ids, next_token_targets(labels)) for ids, labels in batches]
-    counted = sum(int((targets != IGNORE).sum()) for _, targets in pairs)
-    if not counted:
+    device, training = next(model.parameters()).device, model.training
+    pairs = [(ids.to(device), next_token_targets(labels).to(device)) for ids, labels in batches]
+    if not (counted := sum(int((targets != IGNORE).sum()) for _, targets in pairs)):
         raise ValueError("no token of the batches counts in the loss, so there is no gradient")
-    before, training = {p: p.requires_grad for p in model.parameters()}, model.training
-    device, energies, hooks = next(iter(before)).device, dict[str, Tensor](), []
+    before, hooks = {p: p.requires_grad for p in model.parameters()}, []
+    energies: dict[str, Tensor] = {}
     model.eval().requires_grad_(False).zero_grad(set_to_none=True)
     try:
         for name in names:
@@ -71,9 +68,9 @@ def gradient_energies(
         for left, (ids, targets) in zip(reversed(range(len(pairs))), pairs, strict=True):
             for name in () if left else names:  # the last backward pass completes the sums over batches
                 hooks.append(layers[name].weight.register_post_accumulate_grad_hook(partial(keep, name, energies)))
-            where = tuple(place.to(device) for place in (targets != IGNORE).nonzero(as_tuple=True))
-            logits = forward(model, ids.to(device), where, "float32")  # (N, V)
-            (F.cross_entropy(logits, targets.to(device)[where], reduction="sum") / counted).backward()
+            where = (targets != IGNORE).nonzero(as_tuple=True)
+            logits = forward(model, ids, where, "float32")  # (N, V)
+            (F.cross_entropy(logits, targets[where], reduction="sum") / counted).backward()
     finally:
         for hook in hooks:
             hook.remove()
@@ -84,7 +81,7 @@ def gradient_energies(
 
 
 def keep(name: str, energies: dict[str, Tensor], weight: Any):
-    """σ_i² as the eigenvalues of G Gᵀ, which a GPU finds faster than an SVD; and G is dropped."""
+    """σ_i², the eigenvalues of G Gᵀ, which a GPU finds faster than an SVD. G is dropped."""
     G, weight.grad = weight.grad, None
     if not G.isfinite().all():
         raise ValueError(f"the gradient of {name} is not finite")
@@ -95,7 +92,7 @@ def keep(name: str, energies: dict[str, Tensor], weight: Any):
 
 def spend(energies: Mapping[str, Tensor], costs: Mapping[str, int], budget: int) -> dict[str, int]:
     """The ranks, without zeros. costs: numbers of a component. ValueError for a budget that is below every cost."""
-    if budget < (least := min(costs.values())):
+    if budget < (least := min(costs[name] for name in energies)):
         raise ValueError(f"the budget is {budget} numbers, and a component of the smallest layer has {least}")
     gains = sorted(((gain / costs[name], name) for name in energies for gain in energies[name].tolist()), reverse=True)
     ranks = dict.fromkeys(energies, 0)
