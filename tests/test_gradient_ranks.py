@@ -69,13 +69,13 @@ def test_the_model_is_left_as_it_was(fails):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(flags[name])
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    batch = rows()
+    batches = [rows(), rows()]
     if fails:
-        batch[0][0, 0] = 999  # no such token
+        batches[1][0][0, 0] = 999  # no such token
         with pytest.raises(ValueError, match="vocabulary"):
-            gradient_energies(model, [batch])
+            gradient_energies(model, batches)
     else:
-        gradient_energies(model, [batch])
+        gradient_energies(model, batches)
     assert model.training
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == flags[name] and parameter.grad is None, name
@@ -104,10 +104,11 @@ def test_a_step_along_the_chosen_directions_gains_what_the_energies_say():
 
 
 def test_the_budget_goes_where_a_number_gains_most():
-    energies = {"wide": torch.tensor([9.0, 4.0, 0.1]), "thin": torch.tensor([2.0, 1.5, 0.2]), "flat": torch.zeros(3)}
+    energies = {"wide": torch.tensor([7.0, 4.0, 0.1]), "thin": torch.tensor([2.0, 1.5, 0.2]), "flat": torch.zeros(3)}
     costs = {"wide": 4, "thin": 1, "flat": 1}
     assert spend(energies, costs, 1) == {"thin": 1}, "a component of wide gains more, and costs more than there is"
-    assert spend(energies, costs, 5) == {"wide": 1, "thin": 1}, "9/4 before 2/1 before 1.5/1"
+    assert spend(energies, costs, 5) == {"wide": 1, "thin": 1}, "2 for a number, then 7/4, then 1.5"
+    assert spend(energies, costs, 4) == {"thin": 3, "flat": 1}, "after the first of thin, wide no longer fits"
     assert spend(energies, costs, 7) == {"wide": 1, "thin": 3}, "what is too dear is passed over"
     assert spend(energies, costs, 1000) == {"wide": 3, "thin": 3, "flat": 3}, "no rank above the full one"
     with pytest.raises(ValueError, match="budget is 0 numbers, and a component of the smallest layer has 1"):
