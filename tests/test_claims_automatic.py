@@ -54,7 +54,7 @@ def test_chance_deals_the_same_ranks_anew():
 
 
 def test_a_third_of_the_matrices_is_the_steepest_third():
-    steep = set([name for name in COSTS if ".mlp." in name][:14])
+    steep = set([name for name in COSTS if ".mlp." not in name][:14])
     made_up = {name: torch.full((192,), COSTS[name] * (2.0 if name in steep else 1.0)) for name in COSTS}
     ranks = CHOICES["third"](made_up, COSTS, 0)
     assert set(ranks) == steep and len(steep) == len(COSTS) / 3
