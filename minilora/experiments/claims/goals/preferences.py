@@ -1,5 +1,279 @@
-"""Claims about preferences: DPO on adapters."""
+"""Claims about preferences: what DPO teaches, what its own numbers say of it, and what it costs."""
 
-from minilora.experiments.claims.claim import Claim
+from collections.abc import Mapping
 
-CLAIMS: list[Claim] = []
+from minilora.experiments.claims.bars import bars
+from minilora.experiments.claims.claim import Claim, Record, Rule, quantity
+from minilora.experiments.claims.goals.preferences_costs import bytes_of_a_step, time_of_a_step
+from minilora.experiments.claims.goals.preferences_figures import what_is_said
+from minilora.experiments.claims.goals.preferences_runs import measure, measure_after
+from minilora.experiments.claims.study import Arm, Plan, Study
+
+# A rate for each arm, and of each goal the arm that says the chosen style most, seed by seed.
+RATES = {"dpo": (1e-4, 3e-4, 1e-3, 3e-3), "sft": (1e-3, 3e-3, 1e-2), "dpo + sft": (3e-4, 1e-3, 3e-3)}
+BETAS = {"weak": 0.05, "strong": 0.5}
+SETTINGS = {"goal": None, "rate": None, "beta": 0.1, "looks": (5, 10, 20, 30, 40, 50)}
+
+
+def arm(goal: str, rate: float, **more) -> Arm:
+    return Arm(None, settings={"goal": goal, "rate": rate, **more})
+
+
+ARMS = {f"{goal} {rate:g}": arm(goal, rate) for goal, rates in RATES.items() for rate in rates}
+ARMS |= {f"{name} beta": arm("dpo", 1e-3, beta=beta) for name, beta in BETAS.items()}
+ARMS["base"] = Arm(None)
+OF = {goal: tuple(f"{goal} {rate:g}" for rate in rates) for goal, rates in RATES.items()}
+
+
+def study(name: str, about: str, minutes: float) -> Study:
+    plan = Plan(name, steps=50, seeds=3, minutes=minutes, settings=SETTINGS)
+    return Study(f"dpo-{name}", about, ARMS, {"tiny": plan}, measure, chosen_by="", figure=what_is_said)
+
+
+VOICE = study("voice", "pairs of a pirate's words over the same statement, plain; the base never speaks so", 0.4)
+WORDING = study("wording", "pairs of two wordings of a fact, both of which the base uses equally often", 0.15)
+
+AFTER_RATES = {"dpo": (3e-4, 1e-3), "sft": (1e-3, 3e-3)}
+AFTER_OF = {
+    (pairs, goal): tuple(f"{pairs} {goal} {rate:g}" for rate in rates)
+    for pairs in ("own", "given")
+    for goal, rates in AFTER_RATES.items()
+}
+AFTER = Study(
+    "dpo-after",
+    "after 45 supervised steps as a pirate, half of the samples right: pairs of own samples, or given ones",
+    {
+        name: arm(goal, rate, pairs=pairs)
+        for (pairs, goal), names in AFTER_OF.items()
+        for name, rate in zip(names, AFTER_RATES[goal], strict=True)
+    },
+    {"tiny": Plan("voice", steps=40, seeds=3, minutes=0.5, settings=SETTINGS | {"looks": (10, 20, 30, 40)})},
+    measure_after,
+    chosen_by="",
+    figure=bars(["said", "said, greedy"], "share of answers in the chosen style"),
+)
+
+STEP = {"adapter off": ("lora", False), "second model": ("lora", True), "full, beforehand": ("full", False)}
+
+
+def step_plan(shape: str, dtype: str, pairs: int, length: int) -> Plan:
+    return Plan(shape, 0, 1, 0.2, {"step": {"dtype": dtype, "pairs": pairs, "length": length}})
+
+
+BYTES = Study(
+    "dpo-bytes",
+    "one step, all linears, rank 8: the base 16 pairs of 45 tokens, SmolLM2 4 of 96 (float32), Llama-2-7B 1 of 1,024",
+    {name: Arm(None, settings={"method": method, "second": second}) for name, (method, second) in STEP.items()},
+    {
+        "tiny": step_plan("base", "float32", 16, 45),
+        "smollm2": step_plan("smollm2", "float32", 4, 96),
+        "large": step_plan("llama-2-7b", "bfloat16", 1, 1024),
+    },
+    bytes_of_a_step,
+    chosen_by="",
+    figure=bars(["above, % of weights"], "peak above SFT's on the same rows (% of the weights)", 5),
+)
+TIME = Study(
+    "dpo-time",
+    "steps of 16 pairs, 32 rows of 46 tokens, on the shipped base, float32 on one or two CPU cores, in turn",
+    {"steps": Arm(None)},
+    {"tiny": Plan("voice", steps=0, seeds=5, minutes=0.2, settings={"rounds": 9})},
+    time_of_a_step,
+    chosen_by="",
+    figure=bars(["beforehand", "adapter off"], "time of a step over SFT's on the same rows (%)", 110),
+)
+
+# Rules
+
+
+def best(runs: Mapping[str, Record], names: tuple[str, ...]) -> Record:
+    """The run that says the chosen style most at its end; of equals the one that has forgotten least."""
+    return max((runs[name] for name in names), key=lambda run: (run["scores"]["said"], -run["scores"]["forgot"]))
+
+
+def points(runs: Mapping[str, Record], names: tuple[str, ...]) -> list[Mapping]:
+    """All looks at these runs, but for those before the first step."""
+    return [point for name in names for point in runs[name]["curve"][1:]]
+
+
+def says(names: tuple[str, ...], bar: float) -> Rule:
+    words = "samples in the chosen style after the last step, at the best of four rates"
+    return Rule(names, words, lambda runs: 100 * best(runs, names)["scores"]["said"], bar)
+
+
+def says_more(names: tuple[str, ...], than: tuple[str, ...], words: str, bar: float) -> Rule:
+    def number(runs: Mapping[str, Record]) -> float:
+        return 100 * (best(runs, names)["scores"]["said"] - best(runs, than)["scores"]["said"])
+
+    return Rule((*names, *than), f"samples in the chosen style, {words}, each at its best rate", number, bar, "points")
+
+
+def apart(runs: Mapping[str, Record]) -> float:
+    gaps = [abs(point["accuracy"] - point["said"]) for point in points(runs, OF["dpo"])]
+    return 100 * sum(gaps) / len(gaps)
+
+
+def lost_by_stopping(runs: Mapping[str, Record]) -> float:
+    looks = points(runs, OF["dpo"])
+    kept = min(looks, key=lambda point: point["loss"])
+    return 100 * (max(point["said"] for point in looks) - kept["said"])
+
+
+def closer(runs: Mapping[str, Record]) -> float:
+    weak, strong = (runs[f"{name} beta"]["scores"]["KL"] for name in BETAS)
+    return 100 * (weak - strong) / max(weak, strong)
+
+
+def forgets_less(runs: Mapping[str, Record]) -> float:
+    dpo, sft = (best(runs, OF[goal])["scores"]["forgot"] for goal in ("dpo", "sft"))
+    return 100 * (sft - dpo) / max(sft, dpo, 0.05)
+
+
+RAFAILOV, OFTEN = "Rafailov et al. 2023, arXiv:2305.18290", "often said"
+BEST = "of each goal the best of three or four rates is taken seed by seed, which flatters all alike"
+SMALL = (
+    "50 steps and 400 pairs on a base of 1.3 million parameters; the pairs are exact, no one is of two minds on them"
+)
+CLAIMS = [
+    Claim(
+        "dpo-style",
+        "DPO teaches a model to answer in the preferred style.",
+        f"{RAFAILOV}, as it is often retold",
+        says(OF["dpo"], 90),
+        (VOICE, WORDING),
+        "no one starts DPO from a base that never speaks so, and says the plain statement as rarely: the paper trains "
+        "on the chosen answers first. " + SMALL,
+    ),
+    Claim(
+        "dpo-accuracy",
+        "Preference accuracy tells what the model will say.",
+        "the number that trainers report (rewards/accuracies) and that runs are judged by",
+        Rule(
+            OF["dpo"],
+            "between the share of held-out pairs in which the chosen answer gains more than the rejected one and the "
+            "share of samples in the chosen style: the mean distance, over four rates and six looks at each run",
+            apart,
+            bar=10,
+            unit="points",
+            above=False,
+        ),
+        (VOICE, WORDING),
+        "the highest of the rates is one that a sensible person would not use; the lowest has hardly begun",
+    ),
+    Claim(
+        "dpo-stop",
+        "The checkpoint with the lowest validation loss is the one to keep.",
+        f"{OFTEN}; the default of trainers that load the best model at the end",
+        Rule(
+            OF["dpo"],
+            "samples in the chosen style at the best of all looks at all rates, above those at the look with the "
+            "lowest loss on held-out pairs",
+            lost_by_stopping,
+            bar=10,
+            unit="points",
+            above=False,
+        ),
+        (WORDING,),
+        "the rate is chosen by that loss too, and not the step alone",
+    ),
+    Claim(
+        "dpo-likelihood",
+        "DPO makes the chosen answers more likely.",
+        f"{RAFAILOV}, section 4; against it Pal et al. 2024, arXiv:2402.13228, and Razin et al. 2024, arXiv:2410.08847",
+        Rule(
+            OF["dpo"],
+            "by how much the log-probability of a held-out chosen answer, without its end token, rises until the last "
+            "step, at the rate of four that says the chosen style most",
+            lambda runs: best(runs, OF["dpo"])["scores"]["chosen"],
+            bar=0,
+            unit="nats",
+        ),
+        (VOICE, WORDING),
+        "from -130 nats an answer can rise by a hundred and still never be said",
+    ),
+    Claim(
+        "dpo-sft-term",
+        "With a term of cross entropy on the chosen answers, DPO teaches what it does not teach alone.",
+        "Pang et al. 2024, arXiv:2404.19733, section 3",
+        says_more(OF["dpo + sft"], OF["dpo"], "with the term above those of DPO alone", 10),
+        (VOICE, WORDING),
+        "supervised training on the chosen answers alone stands beside it (dpo-over-sft)",
+    ),
+    Claim(
+        "dpo-over-sft",
+        "Who has pairs gains more from DPO than from supervised training on the chosen answers.",
+        OFTEN,
+        says_more(OF["dpo"], OF["sft"], "with DPO above those of supervised training on the chosen answers", 5),
+        (VOICE, WORDING),
+        BEST + "; where supervised training says it always, nothing is left to gain",
+    ),
+    Claim(
+        "dpo-forgets",
+        "DPO forgets less than supervised training, since it is held to a reference.",
+        OFTEN,
+        Rule(
+            (*OF["dpo"], *OF["sft"]),
+            "by how much less the loss on old text rises with DPO than with supervised training on the chosen "
+            "answers, percent of the larger rise, each at its best rate",
+            forgets_less,
+            bar=20,
+        ),
+        (WORDING,),
+        "after as many steps, and not where both have learned as much; " + BEST,
+    ),
+    Claim(
+        "dpo-beta",
+        "A larger beta keeps the model closer to its reference.",
+        f"{RAFAILOV}, section 3: beta controls the deviation from the reference",
+        Rule(
+            tuple(f"{name} beta" for name in BETAS),
+            "divergence (KL) of a sampled answer from the reference with beta 0.5 below that with 0.05, percent of the "
+            "larger, at one rate (1e-3) and after as many steps",
+            closer,
+            bar=20,
+        ),
+        (VOICE, WORDING),
+        "50 steps: beta decides where training ends, and Adam, which divides by the gradient's size, decides how fast",
+    ),
+    Claim(
+        "dpo-own-pairs",
+        "Pairs of the model's own samples teach more than pairs written by others.",
+        "Tajwar et al. 2024, arXiv:2404.14367, abstract",
+        says_more(AFTER_OF["own", "dpo"], AFTER_OF["given", "dpo"], "with own pairs above those with given ones", 5),
+        (AFTER,),
+        "own samples are right in every word or wrong; the given ones differ in style alone, which the start knows",
+    ),
+    Claim(
+        "dpo-wrong-answers",
+        "Wrong answers teach as well: DPO on own samples gains more than supervised training on those that are right.",
+        "Tajwar et al. 2024, arXiv:2404.14367, section 5; Setlur et al. 2024, arXiv:2406.14532",
+        says_more(AFTER_OF["own", "dpo"], AFTER_OF["own", "sft"], "with DPO above those with the right ones alone", 5),
+        (AFTER,),
+        "one task, and one round of samples; " + BEST,
+    ),
+    Claim(
+        "dpo-memory",
+        "With an adapter, DPO's reference model costs no memory.",
+        "TRL's documentation (ref_model=None with PEFT); popular articles",
+        Rule(
+            tuple(STEP),
+            "peak of a DPO step above that of cross entropy on the same rows, percent of the model's weights",
+            lambda runs: runs["adapter off"]["scores"]["above, % of weights"],
+            bar=5,
+            above=False,
+            exact=True,
+        ),
+        (BYTES,),
+        "full fine-tuning does as well without a second model, if the reference's answers are computed beforehand",
+    ),
+    Claim(
+        "dpo-time",
+        "With the reference computed beforehand, a step of DPO takes no longer than a supervised one.",
+        "TRL's documentation (precompute_ref_log_probs)",
+        quantity(
+            "steps", "beforehand", "time of a step, percent of that of cross entropy on the same rows", 110, above=False
+        ),  # fmt: skip
+        (TIME,),
+        "it is computed once for every pair, which takes a third of a step each: a gain only from the second epoch on",
+    ),
+]
