@@ -12,7 +12,7 @@ from minilora.experiments.claims.study import Arm, Plan, Study
 # A rate for each arm, and of each goal the arm that says the chosen style most, seed by seed.
 RATES = {"dpo": (1e-4, 3e-4, 1e-3, 3e-3), "sft": (1e-3, 3e-3, 1e-2), "dpo + sft": (3e-4, 1e-3, 3e-3)}
 BETAS = {"weak": 0.05, "strong": 0.5}
-SETTINGS = {"goal": None, "rate": None, "beta": 0.1, "looks": (5, 10, 20, 30, 40, 50)}
+SETTINGS = {"goal": None, "rate": None, "beta": 0.1, "ends": True, "looks": (5, 10, 20, 30, 40, 50)}
 
 
 def arm(goal: str, rate: float, **more) -> Arm:
@@ -25,13 +25,19 @@ ARMS["base"] = Arm(None)
 OF = {goal: tuple(f"{goal} {rate:g}" for rate in rates) for goal, rates in RATES.items()}
 
 
-def study(name: str, about: str, minutes: float) -> Study:
-    plan = Plan(name, steps=50, seeds=3, minutes=minutes, settings=SETTINGS)
-    return Study(f"dpo-{name}", about, ARMS, {"tiny": plan}, measure, chosen_by="", figure=what_is_said)
+def study(name: str, about: str, minutes: float, arms: dict[str, Arm], **more) -> Study:
+    plan = Plan(name, steps=50, seeds=3, minutes=minutes, settings=SETTINGS | more)
+    return Study(f"dpo-{name}", about, arms, {"tiny": plan}, measure, chosen_by="", figure=what_is_said)
 
 
-VOICE = study("voice", "pairs of a pirate's words over the same statement, plain; the base never speaks so", 0.4)
-WORDING = study("wording", "pairs of two wordings of a fact, both of which the base uses equally often", 0.15)
+VOICE = study("voice", "pairs of a pirate's words over the same statement, plain; the base never speaks so", 0.4, ARMS)
+WORDING = study(
+    "wording",
+    "pairs of two wordings of a fact, both of which the base uses equally often",
+    0.15,
+    ARMS | {"end tokens": arm("dpo", 3e-4, ends=True)},  # put here after first runs, in which all pairs had them
+    ends=False,
+)
 
 AFTER_RATES = {"dpo": (3e-4, 1e-3), "sft": (1e-3, 3e-3)}
 AFTER_OF = {

@@ -1,7 +1,9 @@
 """One run of the studies of preferences: what a model says while it learns from pairs, beside what their loss says.
 
-"Said" are samples at temperature 1 on held-out prompts. Log-probabilities of answers are without their end token, which
-both answers of a pair share, and which a base that never ends there would learn before anything else.
+"Said" are samples at temperature 1 on held-out prompts. Log-probabilities of answers are reported without their end
+token. The base never ends after a sentence of `wording`. With end tokens both answers of a pair have one, and it is not
+neutral: to end after the chosen sentence alone, from which the base is 15 nats away, is an easier way to part the two
+than to say one of them more often. So these pairs are trained on without it, but for one arm.
 """
 
 import copy
@@ -89,7 +91,7 @@ class Held:
 
     def __init__(self, name: str, tokenizer: AnyTokenizer):
         self.tokenizer, self.asked = tokenizer, world_pairs(name, "validation", HELD_OUT)
-        self.pairs = load_preferences(name, tokenizer, ROW, HELD_OUT).validation
+        self.pairs = pairs_of(name, tokenizer, "validation", ends=name != "wording")
         self.prompts = [encode_prompt(tokenizer, example.prompt) for example, _ in self.asked]
         both = [said for example, rejected in self.asked for said in (example.completion, rejected)]
         self.new_tokens = longest(both, tokenizer)
@@ -150,9 +152,17 @@ class Held:
 held_of = lru_cache(maxsize=2)(Held)
 
 
+def pairs_of(name: str, tokenizer: AnyTokenizer, split: str, ends: bool) -> Batches:
+    """Input_ids and labels (N, 2, T). ends: whether the end tokens of the answers count."""
+    pairs = getattr(load_preferences(name, tokenizer, ROW, HELD_OUT), split)
+    if not ends:
+        pairs.labels[pairs.labels == tokenizer.eos_id] = IGNORE
+    return pairs
+
+
 def measure(setting: Setting) -> dict[str, Any]:
     """From the base, with given pairs."""
-    pairs = load_preferences(setting.plan.data, setting.base.tokenizer, ROW, HELD_OUT).train
+    pairs = pairs_of(setting.plan.data, setting.base.tokenizer, "train", setting["ends"])
     return followed(setting, setting.base.load(), pairs)
 
 
