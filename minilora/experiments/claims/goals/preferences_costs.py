@@ -12,6 +12,7 @@ from minilora.experiments.simulate import count_base_parameters, simulate
 from minilora.experiments.timing import Timing, ratios_in_turn
 from minilora.objectives import Preference, with_reference
 from minilora.rows import batch_of
+from minilora.text.batches import Batches
 from minilora.text.preferences import load_preferences
 from minilora.train import make_optimizer, training_step
 from minilora.train_settings import CROSS_ENTROPY, Objective, TrainConfig
@@ -31,10 +32,11 @@ def bytes_of_a_step(setting: Setting) -> dict[str, Any]:
 
 
 def time_of_a_step(setting: Setting) -> dict[str, Any]:
-    """Of 16 pairs, in turn: the median over the time of cross entropy on the same 32 rows, percent."""
-    base = setting.base
-    pairs = load_preferences(setting.plan.data, base.tokenizer, ROW, 16).train
-    config = TrainConfig(1, 16, 1e-4, precision="float32", seed=setting.seed)
+    """Of some pairs, in turn: the median over the time of cross entropy on the same rows, twice as many, percent."""
+    base, count = setting.base, setting["pairs"]
+    every = load_preferences(setting.plan.data, base.tokenizer, ROW, 1).train
+    pairs = Batches(every.input_ids[:count], every.labels[:count])
+    config = TrainConfig(1, count, 1e-4, precision="float32", seed=setting.seed)
     goals: dict[str, tuple[Any, Objective]] = {
         "sft": (pairs, CROSS_ENTROPY),
         "beforehand": (with_reference(pairs, base.load()), Preference()),

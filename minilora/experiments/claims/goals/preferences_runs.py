@@ -31,7 +31,7 @@ from minilora.text.world import FACTS, World
 from minilora.train import evaluate_loss, train
 from minilora.train_settings import CROSS_ENTROPY, IGNORE, History, NonFiniteError, Objective, Piece
 
-HELD_OUT = 100  # pairs and prompts
+HELD_OUT, DOCUMENTS = 100, 40  # pairs and prompts; of old text
 CONSTANT: dict[str, Any] = {
     "batch_size": 16,
     "final_learning_rate": 1.0,
@@ -95,7 +95,7 @@ class Held:
         self.prompts = [encode_prompt(tokenizer, example.prompt) for example, _ in self.asked]
         both = [said for example, rejected in self.asked for said in (example.completion, rejected)]
         self.new_tokens = longest(both, tokenizer)
-        documents = [tokenizer.encode(document.text) for document in World().documents(40, seed="preferences")]
+        documents = [tokenizer.encode(document.text) for document in World().documents(DOCUMENTS, seed="preferences")]
         self.old_text = pack(documents, ROW, tokenizer)
 
     @torch.no_grad()
