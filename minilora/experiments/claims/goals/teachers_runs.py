@@ -1,6 +1,7 @@
 """One run of the studies of teachers: a small adapter learns what a fully fine-tuned model knows, or what the base does
 behind a long prompt."""
 
+import math
 from functools import lru_cache
 from random import Random
 from typing import Any
@@ -28,7 +29,7 @@ from minilora.text.everyday import KNOWN, OTHERS
 from minilora.text.prompting import asked, dressed
 from minilora.text.tasks import Example
 from minilora.train import evaluate_loss, forward, next_token_targets
-from minilora.train_settings import CROSS_ENTROPY, IGNORE, Objective, Piece
+from minilora.train_settings import CROSS_ENTROPY, IGNORE, NonFiniteError, Objective, Piece
 
 TEACHER_STEPS, TEACHER_RATE = 150, 3e-3
 
@@ -68,13 +69,20 @@ def cut_out(base: BaseFolder, teacher: GPT, rank: int) -> GPT:
     return model
 
 
+def finite(loss: float) -> float:
+    """Raises NonFiniteError for a loss that is no number."""
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"the validation loss is {loss}: try a lower learning rate")
+    return round(loss, 5)
+
+
 def measure(setting: Setting) -> dict[str, Any]:
     """Validation loss on the task's own answers along the way, right answers at the end, and KL(teacher ‖ student)."""
     base, data = setting.base, setting.dataset()
     teacher = teacher_of(setting.plan.data, base)
 
     def loss_of(model: nn.Module) -> float:
-        return round(evaluate_loss(model, data.validation, 50, "float32"), 5)
+        return finite(evaluate_loss(model, data.validation, 50, "float32"))
 
     model = base.load() if setting["from"] == "base" else teacher
     if setting["from"] == "cut":
@@ -95,7 +103,7 @@ def measure(setting: Setting) -> dict[str, Any]:
         assert data.task
         divergence = evaluate_loss(model, data.validation, 50, "float32", Distillation(teacher))
         score = score_task(model, base.tokenizer, data.task).score
-        record["scores"] = {"task": score, "KL": round(divergence, 5)}
+        record["scores"] = {"task": score, "KL": finite(divergence)}
         record["floor"] = data.floor
     return record
 
@@ -133,10 +141,11 @@ def prompted(base: BaseFolder, seed: int) -> tuple[list[Example], Batches]:
     said = answer(model, tokenizer, long, CHAT_TOKENS)
     plain, behind = [], []
     for question, prompt, text in zip(questions, long, said, strict=True):
-        if text.strip() and len(tokenizer.encode(text)) < CHAT_TOKENS - 1:  # it came to an end
-            ids, labels = example_row([user(question)], text, tokenizer)
-            counted = sum(label != IGNORE for label in labels)
-            before = example_row(prompt, text, tokenizer)[0]
+        ids, labels = example_row([user(question)], text, tokenizer)
+        counted = sum(label != IGNORE for label in labels)
+        before = example_row(prompt, text, tokenizer)[0]
+        ended = text.strip() and len(tokenizer.encode(text)) < CHAT_TOKENS - 1
+        if ended and before[-counted:] == ids[-counted:]:
             plain.append((ids, labels))
             behind.append((before, [IGNORE] * (len(before) - counted) + before[-counted:]))
     rows, more = padded(plain, tokenizer), padded(behind, tokenizer)
@@ -158,7 +167,7 @@ def measure_prompt(setting: Setting) -> dict[str, Any]:
         objective = FromPrompt() if setting["soft"] else CROSS_ENTROPY
         fit(setting, model, part(order[VALIDATION:]), objective, batch_size=8)
     if setting["from"] == "base":
-        record["KL"] = round(evaluate_loss(model, part(order[:VALIDATION]), 4, "float32", FromPrompt()), 5)
+        record["KL"] = finite(evaluate_loss(model, part(order[:VALIDATION]), 4, "float32", FromPrompt()))
     if setting.tuning:
         return record
     task = task_of("pirate", base)

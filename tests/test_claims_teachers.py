@@ -1,0 +1,157 @@
+"""The studies of teachers: what a student is given to learn from, and who teaches whom."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from minilora import LoRAConfig, apply_lora
+from minilora.adapters.inject import lora_layers
+from minilora.experiments.claims.claim import Rule
+from minilora.experiments.claims.goals import teachers, teachers_figures, teachers_runs
+from minilora.experiments.claims.study import BASES, Plan, Setting
+from minilora.experiments.run import open_base
+from minilora.linear4bit import float_linears
+from minilora.model import GPT, GPTConfig
+from minilora.rows import pieces_of
+from minilora.text.batches import Batches
+from minilora.text.tasks import Example
+from minilora.train import evaluate_loss, forward, next_token_targets
+from minilora.train_settings import IGNORE
+
+SHAPE = GPTConfig(23, 16, 24, 2, 2, max_position_embeddings=32, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return open_base(BASES["tiny"])
+
+
+def setting(base, arm: str, **changes) -> Setting:
+    study = teachers.PIRATE
+    return Setting(
+        base, Plan("pirate", 5, 1, 1, study.plans["tiny"].settings), study.arms[arm], 0.01, 3, progress=False
+    )
+
+
+def small_data(count=12) -> SimpleNamespace:
+    ids = torch.randint(3, 20, (count, 8), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill(torch.arange(8) < 4, IGNORE)
+    some = [Example(f"Say {number}:", " Arr.") for number in range(count)]
+    return SimpleNamespace(train=Batches(ids, labels), validation=Batches(ids, labels), floor=0.1,
+                           task=SimpleNamespace(train=some))  # fmt: skip
+
+
+def model(seed=0, dtype=torch.float64) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(SHAPE).to(dtype)
+
+
+def test_each_seed_learns_from_other_examples_and_all_of_a_size_from_the_same(base):
+    data = small_data()
+    some = replace(
+        setting(base, "hard 20"), arm=replace(teachers.ARMS["hard 20"], settings={"examples": 5, "drawn": 0})
+    )
+    rows = [teachers_runs.rows_for(replace(some, seed=seed), data, None).input_ids.tolist() for seed in (0, 0, 1)]
+    assert rows[0] == rows[1] != rows[2]
+    assert len({tuple(row) for row in rows[0]}) == 5, "each example once"
+
+
+def test_what_the_teacher_writes_is_learned_as_it_was_drawn(base, monkeypatch):
+    data, drawn = small_data(), []
+
+    def sample(teacher, prompts, *how):
+        drawn.extend([[40 + number, 7] for number in range(len(prompts))])
+        return drawn
+
+    monkeypatch.setattr(teachers_runs, "sample", sample)
+    arm = replace(teachers.ARMS["written 50 x 20"], settings={"examples": 3, "drawn": 2})
+    rows = teachers_runs.rows_for(replace(setting(base, "hard 20"), arm=arm), data, None)
+    assert [row[row != IGNORE].tolist() for row in rows.labels] == drawn and len(rows) == 6
+    asked = [base.tokenizer.decode(row[row != 7][:-1].tolist()) for row in rows.input_ids]
+    assert len({text.partition(":")[0] for text in asked}) == 3, f"two answers to each of three questions: {asked}"
+
+
+def test_a_cut_of_full_rank_is_the_teacher_and_one_of_rank_0_the_base():
+    """But for the embedding and the norms, which stay the base's."""
+    plain, taught = model(), model()
+    with torch.no_grad():
+        for linear in float_linears(taught).values():
+            linear.weight += 0.1 * torch.randn_like(linear.weight)
+    folder = SimpleNamespace(load=lambda: model())
+    ids = torch.arange(10).view(1, 10)
+    gaps = {rank: [(teachers_runs.cut_out(folder, taught, rank)(ids) - other(ids)).abs().max().item()
+                   for other in (plain, taught)] for rank in (0, 2, 16)}  # fmt: skip
+    assert gaps[0][0] == 0 and gaps[16][1] < 1e-6 and min(gaps[2]) > 1e-3, gaps
+
+
+def test_the_base_behind_its_prompt_teaches_the_same_model_without_it():
+    """At the answer's tokens, row by row, whatever else the two kinds of rows have; with the adapter off."""
+    student = apply_lora(model(), LoRAConfig(2, 4, target_modules="all-linear"))
+    for _, layer in lora_layers(student):
+        nn.init.normal_(layer.lora_B, std=0.3)
+    prompts, answers = ([1, 2], [3]), ([5, 6, 7], [8, 9])
+
+    def rows(before) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, labels = torch.zeros(2, 12, dtype=torch.int64), torch.full((2, 12), IGNORE)
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            start, end = len(before) + len(prompt), len(before) + len(prompt) + len(answer)
+            ids[row, :end] = torch.tensor([*before, *prompt, *answer])
+            labels[row, start:end] = ids[row, start:end]
+        return ids, labels
+
+    (ids, labels), behind, objective = rows([]), rows([11, 12, 13]), teachers_runs.FromPrompt()
+    (piece,) = pieces_of(1, None, ids, next_token_targets(labels), *behind)
+    found = objective.loss(forward(student, piece.input_ids, piece.where, "float32"),
+                           piece, objective.before(student, piece, "float32")).item()  # fmt: skip
+    expected = 0.0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        log_q = student(torch.tensor([prompt + answer])).log_softmax(-1)[0, len(prompt) - 1 : -1]
+        log_p = model()(torch.tensor([[11, 12, 13, *prompt, *answer]])).log_softmax(-1)[0, len(prompt) + 2 : -1]
+        expected += (log_p.exp() * (log_p - log_q)).sum().item()
+    assert found == pytest.approx(expected, rel=1e-9), f"KL is {expected}, the objective says {found}"
+    mean = evaluate_loss(student, Batches(ids, labels, behind), 1, "float32", objective)
+    assert mean == pytest.approx(expected / 5, rel=1e-6), "in nats per token, also one row at a time"
+
+
+def test_every_rule_can_hold_and_fail():
+    def verdict(name: str, mine: dict, other: dict) -> str:
+        rule: Rule = next(claim.rule for claim in teachers.CLAIMS if claim.name == name)
+        arm, than = rule.arms
+        return rule.decide({arm: dict.fromkeys(range(3), mine), than: dict.fromkeys(range(3), other)}).verdict
+
+    def loss(value: float) -> dict:
+        return {"best_validation_loss": value}
+
+    def right(value: float) -> dict:
+        return {"scores": {"task": value}}
+
+    for name in ("teach-soft", "teach-written", "teach-many"):
+        assert (verdict(name, loss(0.15), loss(0.15)), verdict(name, loss(0.17), loss(0.15))) == ("holds", "fails"), (
+            name
+        )
+    assert (verdict("teach-hold", right(0.9), right(0.93)), verdict("teach-hold", right(0.8), right(0.93))) == (
+        "holds",
+        "fails",
+    )
+    assert (verdict("teach-cut", right(0.9), right(0.7)), verdict("teach-cut", right(0.9), right(0.85))) == (
+        "holds",
+        "fails",
+    )
+    assert (verdict("teach-prompt", right(0.8), right(0.88)), verdict("teach-prompt", right(0.7), right(0.88))) == (
+        "holds",
+        "fails",
+    )
+
+
+def test_the_figure_has_a_line_for_each_kind_of_label():
+    runs = {name: {0: {"best_validation_loss": 0.2}, 1: {"best_validation_loss": 0.3}} for name in teachers.ARMS}
+    (axes,) = teachers_figures.loss_over_examples("made up", runs).axes
+    lines = {container.get_label(): list(container.lines[0].get_xdata()) for container in axes.containers}
+    assert lines == {
+        "right answers of the data": [20, 50, 200, 1000],
+        "answers that the teacher writes": [50, 1000],
+        "the teacher's probabilities": [20, 50, 200, 1000],
+    }
