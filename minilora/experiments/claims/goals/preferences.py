@@ -56,7 +56,7 @@ AFTER = Study(
     {"tiny": Plan("voice", steps=40, seeds=3, minutes=0.5, settings=SETTINGS | {"looks": (10, 20, 30, 40)})},
     measure_after,
     chosen_by="",
-    figure=bars(["said", "said, greedy"], "share of answers in the chosen style"),
+    figure=bars(["said"], "share of samples that are right"),
 )
 
 STEP = {"adapter off": ("lora", False), "second model": ("lora", True), "full, beforehand": ("full", False)}
@@ -240,6 +240,7 @@ CLAIMS = [
         ),
         (VOICE, WORDING),
         "50 steps: beta decides where training ends, and Adam, which divides by the gradient's size, decides how fast",
+        bars(["KL"], "divergence from the reference (nats an answer)"),
     ),
     Claim(
         "dpo-own-pairs",

@@ -53,6 +53,7 @@ PROMPT = Study(
     figure=bars(["task"], "share of answers in the voice"),
 )
 
+ANSWERS = bars(["task"], "share of right answers")
 HINTON = "Hinton et al. 2015, arXiv:1503.02531"
 TEACHER = "the teacher has seen 2,000 examples; one teacher for all seeds, so that the interval is over students alone"
 CLAIMS = [
@@ -71,6 +72,7 @@ CLAIMS = [
         more_right("soft 1000", "teacher", "task", -5),
         (PIRATE, DIALECT),
         "by right answers, taken greedily, and after 100 steps; its loss may still lie above the teacher's",
+        ANSWERS,
     ),
     Claim(
         "teach-cut",
@@ -80,6 +82,7 @@ CLAIMS = [
         (PIRATE, DIALECT),
         "cutting costs seconds and no data; the teacher's embedding and norms are not in the cut, which at "
         "rank 8 keeps more (extract)",
+        ANSWERS,
     ),
     Claim(
         "teach-written",
