@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from minilora.experiments.claims.goals import preferences, preferences_costs, preferences_figures, preferences_runs
+from minilora.experiments.claims.goals import (
+    preferences,
+    preferences_costs,
+    preferences_figures,
+    preferences_rules,
+    preferences_runs,
+)
 from minilora.experiments.claims.study import BASES, Plan, Setting
 from minilora.experiments.run import open_base
 from minilora.model import GPTConfig
@@ -61,7 +67,7 @@ def test_every_rule_can_hold_and_fail():
 
 def test_the_best_run_says_the_style_most_and_of_equals_has_forgotten_least():
     runs = {"a": of(0.8, 0.1), "b": of(0.9, 0.5), "c": of(0.9, 0.2)}
-    assert preferences.best(runs, ("a", "b", "c")) is runs["c"]
+    assert preferences_rules.best(runs, ("a", "b", "c")) is runs["c"]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,18 @@
 """Claims about preferences: what DPO teaches, what its own numbers say of it, and what it costs."""
 
-from collections.abc import Mapping
-
 from minilora.experiments.claims.bars import bars
-from minilora.experiments.claims.claim import Claim, Record, Rule, quantity
+from minilora.experiments.claims.claim import Claim, Rule, quantity
 from minilora.experiments.claims.goals.preferences_costs import bytes_of_a_step, time_of_a_step
 from minilora.experiments.claims.goals.preferences_figures import what_is_said
+from minilora.experiments.claims.goals.preferences_rules import (
+    accuracy_is_what_is_said,
+    chosen_rises,
+    forgets_less,
+    lost_by_lowest_loss,
+    says,
+    says_more,
+    strays_less,
+)
 from minilora.experiments.claims.goals.preferences_runs import measure, measure_after
 from minilora.experiments.claims.study import Arm, Plan, Study
 
@@ -89,52 +96,6 @@ TIME = Study(
     figure=bars(["beforehand", "adapter off"], "time of a step over SFT's on the same rows (%)", 110),
 )
 
-# Rules
-
-
-def best(runs: Mapping[str, Record], names: tuple[str, ...]) -> Record:
-    """The run that says the chosen style most at its end; of equals the one that has forgotten least."""
-    return max((runs[name] for name in names), key=lambda run: (run["scores"]["said"], -run["scores"]["forgot"]))
-
-
-def points(runs: Mapping[str, Record], names: tuple[str, ...]) -> list[Mapping]:
-    """All looks at these runs, but for those before the first step."""
-    return [point for name in names for point in runs[name]["curve"][1:]]
-
-
-def says(names: tuple[str, ...], bar: float) -> Rule:
-    words = "samples in the chosen style after the last step, at the best of four rates"
-    return Rule(names, words, lambda runs: 100 * best(runs, names)["scores"]["said"], bar)
-
-
-def says_more(names: tuple[str, ...], than: tuple[str, ...], words: str, bar: float) -> Rule:
-    def number(runs: Mapping[str, Record]) -> float:
-        return 100 * (best(runs, names)["scores"]["said"] - best(runs, than)["scores"]["said"])
-
-    return Rule((*names, *than), f"samples in the chosen style, {words}, each at its best rate", number, bar, "points")
-
-
-def apart(runs: Mapping[str, Record]) -> float:
-    gaps = [abs(point["accuracy"] - point["said"]) for point in points(runs, OF["dpo"])]
-    return 100 * sum(gaps) / len(gaps)
-
-
-def lost_by_stopping(runs: Mapping[str, Record]) -> float:
-    looks = points(runs, OF["dpo"])
-    kept = min(looks, key=lambda point: point["loss"])
-    return 100 * (max(point["said"] for point in looks) - kept["said"])
-
-
-def closer(runs: Mapping[str, Record]) -> float:
-    weak, strong = (runs[f"{name} beta"]["scores"]["KL"] for name in BETAS)
-    return 100 * (weak - strong) / max(weak, strong)
-
-
-def forgets_less(runs: Mapping[str, Record]) -> float:
-    dpo, sft = (best(runs, OF[goal])["scores"]["forgot"] for goal in ("dpo", "sft"))
-    return 100 * (sft - dpo) / max(sft, dpo, 0.05)
-
-
 RAFAILOV, OFTEN = "Rafailov et al. 2023, arXiv:2305.18290", "often said"
 BEST = "of each goal the best of three or four rates is taken seed by seed, which flatters all alike"
 SMALL = (
@@ -145,7 +106,7 @@ CLAIMS = [
         "dpo-style",
         "DPO teaches a model to answer in the preferred style.",
         f"{RAFAILOV}, as it is often retold",
-        says(OF["dpo"], 90),
+        says(OF["dpo"]),
         (VOICE, WORDING),
         "no one starts DPO from a base that never speaks so, and says the plain statement as rarely: the paper trains "
         "on the chosen answers first. " + SMALL,
@@ -154,15 +115,7 @@ CLAIMS = [
         "dpo-accuracy",
         "Preference accuracy tells what the model will say.",
         "the number that trainers report (rewards/accuracies) and that runs are judged by",
-        Rule(
-            OF["dpo"],
-            "between the share of held-out pairs in which the chosen answer gains more than the rejected one and the "
-            "share of samples in the chosen style: the mean distance, over four rates and six looks at each run",
-            apart,
-            bar=10,
-            unit="points",
-            above=False,
-        ),
+        accuracy_is_what_is_said(OF["dpo"]),
         (VOICE, WORDING),
         "the highest of the rates is one that a sensible person would not use; the lowest has hardly begun",
     ),
@@ -170,15 +123,7 @@ CLAIMS = [
         "dpo-stop",
         "The checkpoint with the lowest validation loss is the one to keep.",
         f"{OFTEN}; the default of trainers that load the best model at the end",
-        Rule(
-            OF["dpo"],
-            "samples in the chosen style at the best of all looks at all rates, above those at the look with the "
-            "lowest loss on held-out pairs",
-            lost_by_stopping,
-            bar=10,
-            unit="points",
-            above=False,
-        ),
+        lost_by_lowest_loss(OF["dpo"]),
         (WORDING,),
         "the rate is chosen by that loss too, and not the step alone",
     ),
@@ -186,14 +131,7 @@ CLAIMS = [
         "dpo-likelihood",
         "DPO makes the chosen answers more likely.",
         f"{RAFAILOV}, section 4; against it Pal et al. 2024, arXiv:2402.13228, and Razin et al. 2024, arXiv:2410.08847",
-        Rule(
-            OF["dpo"],
-            "by how much the log-probability of a held-out chosen answer, without its end token, rises until the last "
-            "step, at the rate of four that says the chosen style most",
-            lambda runs: best(runs, OF["dpo"])["scores"]["chosen"],
-            bar=0,
-            unit="nats",
-        ),
+        chosen_rises(OF["dpo"]),
         (VOICE, WORDING),
         "from -130 nats an answer can rise by a hundred and still never be said",
     ),
@@ -217,13 +155,7 @@ CLAIMS = [
         "dpo-forgets",
         "DPO forgets less than supervised training, since it is held to a reference.",
         OFTEN,
-        Rule(
-            (*OF["dpo"], *OF["sft"]),
-            "by how much less the loss on old text rises with DPO than with supervised training on the chosen "
-            "answers, percent of the larger rise, each at its best rate",
-            forgets_less,
-            bar=20,
-        ),
+        forgets_less(OF["dpo"], OF["sft"]),
         (WORDING,),
         "after as many steps, and not where both have learned as much; " + BEST,
     ),
@@ -231,13 +163,7 @@ CLAIMS = [
         "dpo-beta",
         "A larger beta keeps the model closer to its reference.",
         f"{RAFAILOV}, section 3: beta controls the deviation from the reference",
-        Rule(
-            tuple(f"{name} beta" for name in BETAS),
-            "divergence (KL) of a sampled answer from the reference with beta 0.5 below that with 0.05, percent of the "
-            "larger, at one rate (1e-3) and after as many steps",
-            closer,
-            bar=20,
-        ),
+        strays_less("strong beta", "weak beta"),
         (VOICE, WORDING),
         "50 steps: beta decides where training ends, and Adam, which divides by the gradient's size, decides how fast",
         bars(["KL"], "divergence from the reference (nats an answer)"),
