@@ -148,7 +148,9 @@ def test_every_rule_can_hold_and_fail():
 
 def test_the_figure_has_a_line_for_each_kind_of_label():
     runs = {name: {0: {"best_validation_loss": 0.2}, 1: {"best_validation_loss": 0.3}} for name in teachers.ARMS}
+    runs["written 50 x 20"] = {0: {"best_validation_loss": 9.0}}  # another kind, which has no line
     (axes,) = teachers_figures.loss_over_examples("made up", runs).axes
+    assert {height for each in axes.containers for height in each.lines[0].get_ydata()} == {0.25}
     lines = {container.get_label(): list(container.lines[0].get_xdata()) for container in axes.containers}
     assert lines == {
         "right answers of the data": [20, 50, 200, 1000],

@@ -98,9 +98,7 @@ TIME = Study(
 
 RAFAILOV, OFTEN = "Rafailov et al. 2023, arXiv:2305.18290", "often said"
 BEST = "of each goal the best of three or four rates is taken seed by seed, which flatters all alike"
-SMALL = (
-    "50 steps and 400 pairs on a base of 1.3 million parameters; the pairs are exact, no one is of two minds on them"
-)
+SMALL = "50 steps and 400 pairs on a base of 3 million parameters; the pairs are exact, no one is of two minds on them"
 CLAIMS = [
     Claim(
         "dpo-style",
