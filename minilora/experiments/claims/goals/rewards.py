@@ -1,5 +1,143 @@
-"""Claims about rewards: policy gradients on adapters."""
+"""Claims about rewards: policy gradients on adapters.
 
-from minilora.experiments.claims.claim import Claim
+GRPO without a critic on `pirate`, from a start that says it right in about four of ten samples: 40 steps of 8 prompts
+and 8 samples each, at temperature 1. "linears" is full fine-tuning of the layers that adapters are on.
+"""
 
-CLAIMS: list[Claim] = []
+from collections.abc import Mapping
+
+from minilora.experiments.claims.bars import bars
+from minilora.experiments.claims.claim import Claim, Record, Rule, more_right
+from minilora.experiments.claims.goals.rewards_figures import curves, reward_against_diversity
+from minilora.experiments.claims.goals.rewards_runs import measure
+from minilora.experiments.claims.study import Arm, Plan, Study
+from minilora.text.tasks import PIRATE_FACTS
+
+KINDS = tuple(PIRATE_FACTS)
+LEFT_OUT = KINDS[-1]
+THREE = {"kinds": KINDS[:-1]}
+SETTINGS = {"start": 45, "kinds": KINDS, "reward": "right", "advantages": "normalized", "beta": 0.0}
+
+
+def as_r8(**settings) -> Arm:
+    """r=8 at its own rate, with other settings."""
+    return Arm("lora", settings=settings, rate_of="r=8")
+
+
+ARMS = {
+    "start": Arm(None),
+    "full": Arm("full"),
+    "linears": Arm("full", settings={"linears": True}),
+    "r=1": Arm("lora", {"r": 1}),
+    "r=8": Arm("lora"),
+    "r=64": Arm("lora", {"r": 64}),
+    "no deviation": as_r8(advantages="centered"),
+    "no baseline": Arm("lora", settings={"advantages": "reward"}),
+    "no baseline, ±1": Arm("lora", settings={"advantages": "reward of -1 or 1"}, rate_of="no baseline"),
+    "KL 0.04": as_r8(beta=0.04),
+    "KL 0.2": as_r8(beta=0.2),
+    "three kinds, start": Arm(None, settings=THREE),
+    "three kinds": as_r8(**THREE),
+    "hole": as_r8(reward="sounds"),
+}
+REWARDS = Study(
+    "rewards",
+    "GRPO on pirate, from a start that is right in four of ten samples; shares of 1,200 samples, new people",
+    ARMS,
+    {"tiny": Plan("pirate", 40, seeds=5, minutes=0.7, settings=SETTINGS | {"linears": False, "prompts": 150})},
+    measure,
+    chosen_by="wrong",
+    figure=bars(["right"], "share of samples that are right"),
+    finer=True,
+)
+
+
+def kept_wordings(runs: Mapping[str, Record]) -> float:
+    return 100 * runs["KL 0.04"]["scores"]["wordings"] / runs["start"]["scores"]["wordings"]
+
+
+SHAO = "Shao et al. 2024, arXiv:2402.03300"
+CLAIMS = [
+    Claim(
+        "rl-rank-1",
+        "In reinforcement learning rank 1 matches full fine-tuning.",
+        'Schulman et al. 2025, "LoRA Without Regret"',
+        more_right("r=1", "linears", "right", bar=-3),
+        (REWARDS,),
+        "40 steps: what is slower may still arrive; full fine-tuning of the same layers, without embedding and norms",
+        curves({"right": 1}, "share of samples that are right"),
+    ),
+    Claim(
+        "rl-rank-8",
+        "In reinforcement learning LoRA of rank 8 matches full fine-tuning of the whole model.",
+        'Schulman et al. 2025, "LoRA Without Regret"',
+        more_right("r=8", "full", "right", bar=-3),
+        (REWARDS,),
+        "40 steps, and alpha 16 at every rank; the embedding, which is the head too, is trained in full only",
+        curves({"right": 1}, "share of samples that are right"),
+    ),
+    Claim(
+        "rl-baseline",
+        "A policy gradient needs a baseline: without one it is noisy and learns less.",
+        "Williams 1992; Sutton and Barto 2018, section 13.4",
+        more_right("r=8", "no baseline", "right", bar=3),
+        (REWARDS,),
+        "the reward is 0 or 1, and 0 is a baseline of a kind: what is wrong is never pushed down",
+        curves({"right": 1}, "share of samples that are right"),
+    ),
+    Claim(
+        "rl-deviation",
+        "Dividing by the group's standard deviation helps.",
+        f"{SHAO}, section 4.1.2; against it Liu et al. 2025, arXiv:2503.20783",
+        more_right("r=8", "no deviation", "right", bar=3),
+        (REWARDS,),
+        "both at the rate of r=8; Adam takes out the scale of all advantages, not that between groups",
+    ),
+    Claim(
+        "rl-kl",
+        "A penalty on the KL divergence keeps the answers diverse.",
+        f"{SHAO}, section 4.1.1, with a weight of 0.04",
+        Rule(
+            ("KL 0.04", "KL 0.2", "r=8", "start"),
+            "wordings of an answer in use with a weight of 0.04, percent of those of the start",
+            kept_wordings,
+            bar=50,
+        ),
+        (REWARDS,),
+        "at the rate of r=8 without a penalty; a larger weight keeps more, and what it costs is in the figure",
+        reward_against_diversity,
+    ),
+    Claim(
+        "rl-kl-costs",
+        "A penalty on the KL divergence costs reward.",
+        "a common reason to leave it out, as Yu et al. 2025, arXiv:2503.14476, section 2.3",
+        more_right("r=8", "KL 0.04", "right", bar=3),
+        (REWARDS,),
+        "at the rate of r=8 without a penalty, and after 40 steps",
+        curves({"right": 1}, "share of samples that are right"),
+    ),
+    Claim(
+        "rl-unseen",
+        "What is never sampled is never learned: rewards sharpen what a model can do already.",
+        "Yue et al. 2025, arXiv:2504.13837",
+        Rule(
+            ("three kinds", "three kinds, start"),
+            f"right answers about {LEFT_OUT}, which the supervised start left out, percent after training",
+            lambda runs: 100 * runs["three kinds"]["scores"][LEFT_OUT],
+            bar=10,
+            above=False,
+        ),
+        (REWARDS,),
+        "40 steps, about 640 samples of the kind; at a hundred times as many a lucky one may come",
+        bars(KINDS, "share of samples that are right"),
+    ),
+    Claim(
+        "rl-hole",
+        "A model finds the hole in its reward: it is paid for a pirate's words and stops telling the truth.",
+        "Goodhart's law; Gao et al. 2022, arXiv:2210.10760",
+        more_right("hole", "start", "right", bar=-10, above=False),
+        (REWARDS,),
+        "the hole was made to be found: eight words of a pirate are worth more than any right answer has",
+        curves({"reward": 2, "right": 1}, "share of the most, or right"),
+    ),
+]
