@@ -121,7 +121,7 @@ CLAIMS = [
         "What is never sampled is never learned: rewards sharpen what a model can do already.",
         "Yue et al. 2025, arXiv:2504.13837",
         Rule(
-            ("three kinds", "three kinds, start"),
+            ("three kinds, start", "three kinds"),
             f"right answers about {LEFT_OUT}, which the supervised start left out, percent after training",
             lambda runs: 100 * runs["three kinds"]["scores"][LEFT_OUT],
             bar=10,
