@@ -16,6 +16,7 @@ from minilora.experiments.run import open_base
 from minilora.experiments.tune import TUNING_SEED
 from minilora.model import GPT, GPTConfig
 from minilora.text.tasks import ENDINGS, OPENINGS, PIRATE_FACTS, Example, is_right_pirate, load_task
+from minilora.train_settings import TrainConfig
 
 CLAIMS = {claim.name: claim for claim in rewards.CLAIMS}
 CORES = {"town": "Ann Lee be livin' in Elton", "food": "Bo Fry be lovin' corn"}
@@ -86,11 +87,23 @@ def test_a_right_answer_never_earns_the_most_of_the_reward_with_a_hole():
     assert sounds_right(example, core.replace("be", "is")) == 0
 
 
-def test_rates_are_chosen_on_prompts_that_are_not_reported():
-    chosen, reported = (
-        {example.prompt for example in load_task("pirate", 1, 150, seed).validation} for seed in (TUNING_SEED, 0)
-    )
-    assert len(reported) == 150 and not chosen & reported
+def test_rates_are_chosen_on_prompts_that_are_not_reported(monkeypatch, setting_of, small):
+    seen = []
+
+    def sampled(model, tokenizer, asked, seed):
+        seen.append({example.prompt for example in asked})
+        return [[""]] * len(asked)
+
+    stand_ins = {"sampled": sampled, "answer": lambda model, tokenizer, prompts, most: [""] * len(prompts)}
+    stand_ins |= {"start_of": lambda *_: small, "learn": lambda *_: (None, SimpleNamespace(steps=[[]]), 0.0)}
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(rewards_runs, name, stand_in)
+    for seed in (TUNING_SEED, 0, 1):
+        setting = setting_of("r=8", seed)
+        setting.plan.settings["prompts"] = 150
+        rewards_runs.measure(setting)
+    chosen, reported, again = seen
+    assert reported == again and len(reported) == 150 and not chosen & reported
 
 
 # What is trained, and for what
@@ -163,6 +176,13 @@ def test_samples_are_kept_with_what_they_earned(base):
     assert path == [[5, 0.25, 0.25, 1.0], [6, 0.25, 0.25, 1.0]], path
 
 
+def test_samples_weigh_what_the_arm_says(small):
+    data = Judged(list(EXAMPLES.values()), "right", "reward of -1 or 1", small.tokenizer)
+    _, _, weights, given, _ = data.draw(small.load(), 0, TrainConfig(1, 8, 1e-3))
+    assert weights.tolist() == [-1] * 8 and given.tolist() == [0] * 8, "all are wrong, and there is no baseline"
+    assert len(data.steps[0]) == 8
+
+
 def test_a_dead_run_is_stopped_while_a_rate_is_chosen_and_only_then(monkeypatch, setting_of, small):
     def train(model, data, config, after_step, **_):
         for step, reward in enumerate([1.0, 0, 0, 0, 0, 0, 0]):
@@ -229,7 +249,11 @@ def test_the_figures_show_every_arm_and_the_way_of_those_that_learn():
     figure = reward_against_diversity("made up", runs)
     (axes,) = figure.axes
     ways = [line for line in axes.lines if len(line.get_xdata()) == 8]
-    assert len(ways) == 2 and ways[0].get_xdata()[-1] == pytest.approx(0.9) and ways[0].get_ydata()[-1] == pytest.approx(1.1)
+    assert (
+        len(ways) == 2
+        and ways[0].get_xdata()[-1] == pytest.approx(0.9)
+        and ways[0].get_ydata()[-1] == pytest.approx(1.1)
+    )
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["start", "r=8", "KL 0.2"]
     figure = curves({"reward": 2, "right": 1}, "share")("made up", runs)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
