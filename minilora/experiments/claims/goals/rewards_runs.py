@@ -147,7 +147,7 @@ def measure(setting: Setting) -> dict:
         right = [is_right_pirate(*each) for each in zip(asked, greedy, strict=True)]
         scores |= given | {"greedy": sum(right) / len(right)}
         record["scores"] = {name: round(value, 4) for name, value in scores.items()}
-    return {"wrong": 1 - scores["right"], **record}
+    return {"wrong": round(1 - scores["right"], 6), **record}
 
 
 def sampled(model: GPT, tokenizer: AnyTokenizer, asked: Sequence[Example], seed: int) -> list[list[str]]:
