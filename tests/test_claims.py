@@ -384,6 +384,13 @@ def check_runs(where, arm: str, records: list[dict], seeds: int):
     assert rates == {float(f"{best * what.rate_times:.2g}")}, f"{arm}: not at the rate that was chosen"
 
 
+def test_no_two_claims_and_no_two_studies_have_one_name():
+    claims = [claim for family in ledger.FAMILIES for claim in family.CLAIMS]
+    studies = {study for claim in claims for study in claim.studies}
+    for names in ([claim.name for claim in claims], [study.name for study in studies]):
+        assert len(set(names)) == len(names), f"twice: {sorted(name for name in set(names) if names.count(name) > 1)}"
+
+
 def test_the_ledger_is_on_its_page_and_the_readme_has_the_short_of_it():
     page = (ledger.DATA.parent / report.PAGE).read_text(encoding="utf-8")
     assert page == report.page(), f"{report.PAGE} is not what `python -m minilora claims` prints; write it anew"

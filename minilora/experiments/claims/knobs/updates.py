@@ -213,7 +213,7 @@ CLAIMS = [
         "one run, whose rate comes down by a cosine, in place of runs of several lengths; some passes over a small set",
     ),
     Claim(
-        "rank-1",
+        "rank-1-trained",
         "Rank 1 that was trained does better than the best rank 1 in full fine-tuning's update.",
         "put here after low-rank, whose cut to rank 1 costs a tenth of the gain",
         Rule(
