@@ -104,7 +104,8 @@ def runs_of(case: Case) -> list[str]:
     runs = f"{plan.steps} steps, {plan.seeds} seeds, about {plan.minutes:g} minutes a run on two cores"
     names = list(dict.fromkeys(name for record in records for name in record.get("scores", {})))
     wide = max(map(len, case.arms))
-    head = f"{'arm':<{wide}}{'rate':>9}{'seed':>6}{'loss':>10}" + "".join(f"{name:>{len(name) + 2}}" for name in names)
+    columns = {name: max(10, len(name) + 2) for name in names}  # and their widths
+    head = f"{'arm':<{wide}}{'rate':>9}{'seed':>6}{'loss':>12}" + "".join(f"{n:>{w}}" for n, w in columns.items())
     lines = [f"{case.title}: {study.about}; {runs}", f"{head}{'seconds':>9}"]
     for arm in case.arms:
         if (owner := study.arms[arm].rate_of) is not None:
@@ -114,10 +115,10 @@ def runs_of(case: Case) -> list[str]:
         loss, rate = record.get(study.chosen_by), record["learning_rate"]
         text = f"{record['arm']:<{wide}}{'' if rate is None else f'{rate:g}':>9}{record['seed']:>6}"
         lost = "diverged" if rate is not None else ""
-        text += f"{lost if loss is None else f'{loss:.4f}':>10}"
-        for name in names:
+        text += f"{lost if loss is None else f'{loss:.4f}':>12}"
+        for name, width in columns.items():
             value = record.get("scores", {}).get(name)
-            text += f"{'' if value is None else f'{value:.3f}':>{len(name) + 2}}"
+            text += f"{'' if value is None else f'{value:.3f}':>{width}}"
         kind = "  (chooses the rate)" if record["seed"] == TUNING_SEED else ""
         lines.append(f"{text}{record.get('seconds', ''):>9}{kind}")
     return lines
