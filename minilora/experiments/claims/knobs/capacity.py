@@ -14,7 +14,7 @@ WHERE = {
     "all": ".*layers.(2|3).*",
     "q,v of all layers": ("q_proj", "v_proj"),
 }
-SETTINGS = {"what": "pairs", "count": 64, "bfloat16": False}
+SETTINGS = {"what": "pairs", "count": 64, "bfloat16": False, "times": 1}
 
 
 def arm(targets, r: int | None, count: int, method: str = "lora", rate_of: str | None = None, **settings) -> Arm:
@@ -32,6 +32,7 @@ ARMS = {
     "six layers r=1": arm("q,v of all layers", 1, 192),
     "r=2, 4-bit base": arm("q,v", 2, 128, "qlora"),
     "r=1 in bfloat16": arm("q,v", 1, 64, bfloat16=True),
+    "MLP r=1, twice the steps": arm("MLP", 1, 256, rate_of="MLP r=1", times=2),
 }
 LOADS = {f"r=1, {count} pairs": arm("q,v", 1, count, rate_of="r=1") for count in (16, 32, 128)}
 # 19.1 bits each, 1,222 in all. First trials with r=1 came to about 0.55 bits for each of its 1,280 parameters. So the

@@ -86,7 +86,7 @@ LAST: dict[str, list[dict[str, Any]]] = {}  # by setting, the records of all see
 def trained(setting: Setting, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """A record for each seed."""
     arm, count = setting.arm, len(seeds)
-    steps = setting.plan.steps // (QUICK if setting.tuning else 1)
+    steps = setting.plan.steps * setting["times"] // (QUICK if setting.tuning else 1)
     (rows, bits), (others, _) = (to_learn(setting, [seed + more for seed in seeds]) for more in (0, NEW))
     model = setting.base.load(QLORA if arm.method == "qlora" else None).requires_grad_(False)
     curve: list[list[float]] = []
