@@ -10,8 +10,8 @@ from minilora.experiments.claims.knobs.capacity_runs import ROUNDED
 from minilora.experiments.figures import Figure, finished, new_figure
 
 Runs = Mapping[str, Mapping[int, Mapping]]  # by arm and by seed
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9", "#999999", "#CC79A7")
-MARKERS = "os^DvP<X*"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = "os^DvP"
 SMALL = {"textcoords": "offset points", "fontsize": 7}
 TICKS = (500, 1000, 2000, 5000, 10_000, 20_000, 50_000)
 THIN = {"color": "#999999", "linestyle": ":", "linewidth": 1, "zorder": 0}

@@ -40,24 +40,22 @@ BLOCK = 64  # numbers that share a scale, below 16 bits
 
 
 class SideBySide(nn.Module):
-    """LoRA for S seeds at once: of x (S·b, T, in), b rows belong to each seed. r None: a whole ΔW (out, in) for each.
+    """LoRA for S seeds at once: of x (S·b, T, in), b rows belong to each seed.
 
     A (S, r, in) is uniform within ±1/√in and B (S, out, r) zero, as in LoRALinear, with a generator for each seed.
     """
 
-    def __init__(self, base_layer: Any, r: int | None, dice: Sequence[torch.Generator]):
+    def __init__(self, base_layer: Any, r: int, dice: Sequence[torch.Generator]):
         super().__init__()
-        self.base_layer, wide, out = base_layer, base_layer.in_features, base_layer.out_features
-        like = next(iter([*base_layer.parameters(), *base_layer.buffers()]))
-        self.scaling = ALPHA / r if r else 1.0
-        starts = [torch.empty(r or 1, wide).uniform_(-(wide**-0.5), wide**-0.5, generator=one) for one in dice]
-        self.A = nn.Parameter(torch.stack(starts).to(like.device)) if r else None
-        self.B = nn.Parameter(torch.zeros(len(dice), out, r or wide, device=like.device))
+        self.base_layer, self.scaling, bound = base_layer, ALPHA / r, base_layer.in_features**-0.5
+        device = next(iter([*base_layer.parameters(), *base_layer.buffers()])).device
+        starts = [torch.empty(r, base_layer.in_features).uniform_(-bound, bound, generator=one) for one in dice]
+        self.A = nn.Parameter(torch.stack(starts).to(device))
+        self.B = nn.Parameter(torch.zeros(len(dice), base_layer.out_features, r, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        y, rows = self.base_layer(x), x.reshape(len(self.B), -1, x.shape[-1])  # (S, b·T, in)
-        rows = rows if self.A is None else rows @ self.A.mT  # (S, b·T, r)
-        return y + (self.scaling * rows @ self.B.mT).view_as(y)
+        y, rows = self.base_layer(x), x.reshape(len(self.A), -1, x.shape[-1])  # (S, b·T, in)
+        return y + (self.scaling * (rows @ self.A.mT) @ self.B.mT).view_as(y)  # (S, b·T, r) (S, r, out)
 
 
 class AllRows(Batches):
@@ -86,16 +84,14 @@ LAST: dict[str, list[dict[str, Any]]] = {}  # by setting, the records of all see
 def trained(setting: Setting, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """A record for each seed."""
     arm, count = setting.arm, len(seeds)
-    steps = setting.plan.steps * setting["times"] // (QUICK if setting.tuning else 1)
+    steps = setting.plan.steps // (QUICK if setting.tuning else 1)
     (rows, bits), (others, _) = (to_learn(setting, [seed + more for seed in seeds]) for more in (0, NEW))
     model = setting.base.load(QLORA if arm.method == "qlora" else None).requires_grad_(False)
     curve: list[list[float]] = []
     if arm.method is not None:
-        put_in(model, arm.lora["target_modules"], None if arm.method == "full" else arm.lora["r"], seeds)
+        put_in(model, arm.lora["target_modules"], arm.lora["r"], seeds)
 
         def after_step(step: int, optimizer: torch.optim.Optimizer):
-            if setting["bfloat16"]:
-                round_adapters(model, 16)
             if not setting.tuning and step % max(1, steps // POINTS) == 0:
                 curve.append([step, *(bits - recall(model, rows, count)[0]).tolist()])
 
@@ -143,7 +139,7 @@ def facts(count: int, seed: int) -> list[tuple[str, str]]:
     return [(before, value + end) for before, value, end in stated]
 
 
-def put_in(model: GPT, targets: Sequence[str] | str, r: int | None, seeds: Sequence[int]):
+def put_in(model: GPT, targets: str, r: int, seeds: Sequence[int]):
     dice, layers = [torch.Generator().manual_seed(seed) for seed in seeds], linear_layers(model)
     for name in find_targets(list(layers), targets):
         replace_module(model, name, SideBySide(layers[name], r, dice))
