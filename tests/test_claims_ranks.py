@@ -153,7 +153,7 @@ def test_what_is_said_to_be_enough_may_have_a_loss_higher_by_5_percent(name, arm
 
 
 def test_every_arm_has_a_rate_of_its_own_in_fine_steps_and_the_base_stands_beside():
-    trained = (ranks.DIALECT, ranks.PIRATE, ranks.CODE, ranks.COMMANDS, ranks.FEW)
+    trained = (ranks.DIALECT, ranks.PIRATE, ranks.COMMANDS, ranks.FEW)
     for study in trained:
         assert study.finer and "base" in study.arms
         assert all(arm.rate_of is None for arm in study.arms.values()), study.name

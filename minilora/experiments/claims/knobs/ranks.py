@@ -45,15 +45,6 @@ PIRATE = Study(
     figure=ladder,
     finer=True,
 )
-CODE = Study(
-    "ranks-code",
-    "source of Python's standard library, 200,000 tokens; r=... on all linears, the others as many numbers as r=8",
-    THREE | {name: PLACES[name] for name in PLACES if name != "with head"} | BASE,
-    {"tiny": Plan("python-code", steps=100, seeds=3, minutes=0.5, settings=SETTINGS)},
-    measure,
-    figure=ladder,
-    finer=True,
-)
 COMMANDS = Study(
     "ranks-commands",
     "an invented command language, batches of 16; r=... on all linears, the others as many numbers as r=8",
@@ -94,7 +85,7 @@ MEMORY = Study(
     chosen_by="",
     figure=bars(["peak, GB"], "peak, GB of tensors"),
 )
-HARD = (DIALECT, CODE, COMMANDS)
+HARD = (DIALECT, COMMANDS)
 
 
 def of_peaks(arm: str, than: str, bar: float, above: bool) -> Rule:
