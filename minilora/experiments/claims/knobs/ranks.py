@@ -104,9 +104,11 @@ def of_peaks(arm: str, than: str, bar: float, above: bool) -> Rule:
 SCHULMAN = "Schulman et al. 2025, LoRA Without Regret"
 SHORT = (
     "short runs: what is compared is how far each arm comes in the same steps, not where it would end; alpha is 16 at "
-    "every rank, which a rate of its own makes up for"
+    "every rank, which a rate of its own makes up for. On SmolLM2 the loss at the rates beside the best is for most "
+    "arms two to five times as high, so the search, which has one seed, decides as much as the arm, and no interval "
+    "shows that"
 )
-COUNTS = "equal counts are no equal bytes or times, for which see targets-memory; " + SHORT
+COUNTS = f"equal counts are no equal bytes, for which see targets-memory; {SHORT}"
 
 
 def claim(
@@ -127,7 +129,7 @@ CLAIMS = [
         "Hu et al. 2021, arXiv:2106.09685, table 6; Dettmers et al. 2023, arXiv:2305.14314, section 4",
         no_worse("r=8", "r=128"),
         (*HARD, PIRATE),
-        f"{SHORT}; each rate is the choice of one seed",
+        SHORT,
     ),
     claim(
         "rank-1",
@@ -150,8 +152,8 @@ CLAIMS = [
         f"{SCHULMAN}: equal until the capacity is used up",
         no_worse("r=1, four times the steps", "r=8"),
         (DIALECT,),
-        "what four times the steps would give rank 8 is not asked; the new words are about a thousand bits, for which "
-        "rank 1 on all linears, 20,352 numbers, has room",
+        "what four times the steps would give rank 8 is not asked, and a step of rank 1 takes nearly as long; the new "
+        "words are about a thousand bits, for which rank 1 on all linears, 20,352 numbers, has room",
     ),
     claim(
         "rank-few",
@@ -206,7 +208,9 @@ CLAIMS = [
         "popular guides",
         better("with head", "r=8"),
         (DIALECT, COMMANDS),
-        f"the head is the embedding, of which the adapter changes only the use as a head; {COUNTS}",
+        "of the tokens of the dialect's answers 68 % stand in none of the documents that six sevenths of the base's "
+        "pretraining were, so its frozen head knows them less than a large model's knows its own; the embedding, the "
+        f"same matrix, has no adapter; {COUNTS}",
     ),
     claim(
         "targets-memory",
