@@ -59,7 +59,9 @@ AFTER = Study(
         name: arm(goal, rate, pairs=pairs)
         for (pairs, goal), names in AFTER_OF.items()
         for name, rate in zip(names, AFTER_RATES[goal], strict=True)
-    },
+    }
+    | {f"{pairs} dpo 0.0001": arm("dpo", 1e-4, pairs=pairs) for pairs in ("own", "given")}  # later, beyond the ends of
+    | {f"{pairs} sft 0.01": arm("sft", 1e-2, pairs=pairs) for pairs in ("own", "given")},  # rates, and in no rule
     {"tiny": Plan("voice", steps=40, seeds=3, minutes=0.5, settings=SETTINGS | {"looks": (10, 20, 30, 40)})},
     measure_after,
     chosen_by="",
