@@ -206,13 +206,19 @@ def test_times_are_those_of_three_kinds_of_steps(base):
     assert set(scores) == {"beforehand", "adapter off"} and min(scores.values()) > 20
 
 
-def test_the_figure_shows_the_rate_that_says_most():
+def test_the_figure_shows_every_rate_and_what_the_pairs_say():
     look = {"accuracy": 1.0, "chosen": -5.0, "rejected": -9.0}
     runs = {
-        arm: {0: {"scores": {"said": said}, "curve": [look | {"step": 0, "said": 0}, look | {"step": 5, "said": said}]}}
+        arm: {0: {"curve": [look | {"step": 0, "said": 0}, look | {"step": 5, "said": said, "chosen": -100 * said}]}}
         for arm, said in (("dpo 0.0001", 0.3), ("dpo 0.001", 0.8), ("dpo + sft 0.001", 1.0), ("sft 0.003", 0.9))
     }
     upper, lower = preferences_figures.what_is_said("made up", runs | {"base": {}}).axes
-    assert "DPO at 0.001" in upper.get_title()
-    assert [line.get_ydata()[-1] for line in upper.lines] == [100, 80, 90]
-    assert [line.get_ydata()[-1] for line in lower.lines] == [-5, -9]
+    ends = {line.get_label(): line.get_ydata()[-1] for line in [*upper.lines, *lower.lines]}
+    assert ends == {
+        "said, DPO at 0.0001": 30,
+        "said, DPO at 0.001": 80,
+        "said, SFT on the chosen": 90,
+        "preference accuracy, DPO": 100,
+        "chosen answer, DPO at 0.001": -80,
+        "rejected answer": -9,
+    }
