@@ -1,9 +1,9 @@
-"""Claims about teachers: what an adapter learns from another model's probabilities, or from its own behind a prompt."""
+"""Claims about teachers: what an adapter learns from another model's probabilities."""
 
 from minilora.experiments.claims.bars import bars
 from minilora.experiments.claims.claim import Claim, more_right, no_worse
 from minilora.experiments.claims.goals.teachers_figures import loss_over_examples
-from minilora.experiments.claims.goals.teachers_runs import measure, measure_prompt
+from minilora.experiments.claims.goals.teachers_runs import measure
 from minilora.experiments.claims.study import Arm, Plan, Study
 
 RANK = 2
@@ -30,27 +30,13 @@ ARMS = {
 SETTINGS = {"from": "base", "soft": False, "examples": 0, "drawn": 0, "rank": RANK}
 
 
-def study(task: str, about: str) -> Study:
-    plan = Plan(task, steps=100, seeds=3, minutes=0.3, settings=SETTINGS)
-    about = f"{about}: a student of rank 2 and a fully fine-tuned teacher, which has seen 2,000 examples"
-    return Study(f"teacher-{task}", about, ARMS, {"tiny": plan}, measure, figure=loss_over_examples)
-
-
-PIRATE = study("pirate", "16 ways to say it, all right")
-DIALECT = study("dialect", "one right answer, of a hundred new words")
-PROMPT = Study(
-    "teacher-prompt",
-    "a pirate's voice: an instruction and 16 examples in the prompt teach the same model without them",
-    {
-        "base": Arm(None),
-        "prompt": Arm(None, settings={"from": "prompt"}),
-        "KL": Arm("lora", settings={"soft": True}),
-        "written": Arm("lora"),
-    },
-    {"smollm2": Plan("pirate", steps=30, seeds=3, minutes=4, settings={"from": "base", "soft": False})},
-    measure_prompt,
-    chosen_by="KL",
-    figure=bars(["task"], "share of answers in the voice"),
+PIRATE = Study(
+    "teacher-pirate",
+    "16 ways to say it, all right: a student of rank 2 and a fully fine-tuned teacher, which has seen 2,000 examples",
+    ARMS,
+    {"tiny": Plan("pirate", steps=100, seeds=3, minutes=0.3, settings=SETTINGS)},
+    measure,
+    figure=loss_over_examples,
 )
 
 ANSWERS = bars(["task"], "share of right answers")
@@ -62,7 +48,7 @@ CLAIMS = [
         "A teacher's probabilities on 50 examples teach as much as the right answers to 1,000.",
         f"{HINTON}, section 6: 3 % of the data suffice with soft targets",
         no_worse("soft 50", "hard 1000"),
-        (PIRATE, DIALECT),
+        (PIRATE,),
         TEACHER + "; where many answers are right the data shows one of them, and the teacher all",
     ),
     Claim(
@@ -70,7 +56,7 @@ CLAIMS = [
         "An adapter of rank 2 holds what full fine-tuning has learned.",
         "popular articles on distilling into adapters",
         more_right("soft 1000", "teacher", "task", -5),
-        (PIRATE, DIALECT),
+        (PIRATE,),
         "by right answers, taken greedily, and after 100 steps; its loss may still lie above the teacher's",
         ANSWERS,
     ),
@@ -79,7 +65,7 @@ CLAIMS = [
         "An adapter is better distilled from a model than cut out of its weights.",
         "put here beside tools that extract an adapter from the difference of two models",
         more_right("soft 1000", "cut out", "task", 10),
-        (PIRATE, DIALECT),
+        (PIRATE,),
         "cutting costs seconds and no data; the teacher's embedding and norms are not in the cut, which at "
         "rank 8 keeps more (extract)",
         ANSWERS,
@@ -89,7 +75,7 @@ CLAIMS = [
         "Answers that the teacher writes are as good as its probabilities.",
         "Kim and Rush 2016, arXiv:1606.07947; usual where only a teacher's text can be had",
         no_worse("written 50", "soft 50"),
-        (PIRATE, DIALECT),
+        (PIRATE,),
         TEACHER + "; answers are drawn at temperature 1, one for each of 50 questions",
     ),
     Claim(
@@ -97,15 +83,7 @@ CLAIMS = [
         "Twenty answers of the teacher to each question make up for its probabilities.",
         "put here beside the above",
         no_worse("written 50 x 20", "soft 50"),
-        (PIRATE, DIALECT),
+        (PIRATE,),
         TEACHER + "; it takes twenty times the generation",
-    ),
-    Claim(
-        "teach-prompt",
-        "A long prompt can be moved into the weights: without it the model answers as it did behind it.",
-        "Askell et al. 2021, arXiv:2112.00861, section 2; Snell et al. 2022, arXiv:2209.15189",
-        more_right("KL", "prompt", "task", -10),
-        (PROMPT,),
-        "a voice, judged by two words of a list, on 50 questions; what is true in an answer is not asked",
     ),
 ]
