@@ -65,7 +65,7 @@ LATER = {  # what the first results asked for, in no rule: the next rate where t
 AFTER = Study(
     "dpo-after",
     "after 45 supervised steps as a pirate, half of the samples right: pairs of own samples, or given ones",
-    AFTER_ARMS | LATER,
+    dict(sorted((AFTER_ARMS | LATER).items())),
     {"tiny": Plan("voice", steps=40, seeds=3, minutes=0.5, settings=SETTINGS | {"looks": (10, 20, 30, 40)})},
     measure_after,
     chosen_by="",
@@ -178,9 +178,9 @@ CLAIMS = [
         "Tajwar et al. 2024, arXiv:2404.14367, abstract",
         says_more(AFTER_OF["own", "dpo"], AFTER_OF["given", "dpo"], "with own pairs above those with given ones", 5),
         (AFTER,),
-        "own samples are right in every word or wrong; the given pairs differ in style alone, which the start knows, and "
-        "gain nothing at any of three rates (40 % at the start, 41 % at best), while supervised training on their chosen "
-        "answers comes to 73 %",
+        "own samples are right in every word or wrong; given pairs differ in style alone, which the start knows. They "
+        "gain nothing at any of three rates (40 % at the start, 41 % at best), and supervised training on their chosen "
+        "answers gains most of all, 73 %",
     ),
     Claim(
         "dpo-wrong-answers",
