@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from statistics import fmean
 
+from matplotlib.ticker import LogLocator, NullFormatter
+
 from minilora.experiments.figures import Figure, new_figure
 
 Runs = Mapping[str, Mapping[int, Mapping]]  # by arm and by seed
 KINDS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn")  # of a matrix, and where it stands
 KINDS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
 NAMES = {"gradient": "from the gradient", "adalora": "AdaLoRA", "third": "steepest third"}
-ALIKE = {"one alpha": "gradient, one alpha", "shuffled": "gradient, shuffled"}
+ALIKE = {"one alpha": "gradient, one alpha", "shuffled": "gradient, shuffled", "gradient /3": "gradient, rate/3"}
 LOOKS = {"hand": ("#0072B2", "o"), "program": ("#D55E00", "s"), "chance": ("#666666", "^")}
 
 
@@ -28,7 +30,10 @@ def losses_by_arm(title: str, runs: Runs) -> Figure:
         axes.axvline(mean, color="#0072B2", linestyle=":", linewidth=1)
     axes.set_yticks(range(len(runs)), [(NAMES | ALIKE).get(arm, arm) for arm in runs])
     axes.invert_yaxis()
-    axes.set(xlabel="best validation loss (nats/token)")
+    axes.set(xlabel="best validation loss (nats/token)", xscale="log")  # rules are on percents
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 7, 8)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title(title, fontsize="small", wrap=True)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
