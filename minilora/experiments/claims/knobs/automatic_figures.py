@@ -28,7 +28,7 @@ def losses_by_arm(title: str, runs: Runs) -> Figure:
     if "uniform" in runs:
         mean = fmean(record["best_validation_loss"] for record in runs["uniform"].values())
         axes.axvline(mean, color="#0072B2", linestyle=":", linewidth=1)
-    axes.set_yticks(range(len(runs)), [(NAMES | ALIKE).get(arm, arm) for arm in runs])
+    axes.set_yticks(range(len(runs)), [(NAMES | ALIKE).get(arm, arm.replace(" /", ", rate/")) for arm in runs])
     axes.invert_yaxis()
     axes.set(xlabel="best validation loss (nats/token)", xscale="log")  # rules are on percents
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 7, 8)))
