@@ -16,7 +16,7 @@ from minilora.experiments.run import open_base
 from minilora.experiments.tune import TUNING_SEED
 from minilora.model import GPT, GPTConfig
 from minilora.text.tasks import ENDINGS, OPENINGS, PIRATE_FACTS, Example, is_right_pirate, load_task
-from minilora.train_settings import TrainConfig
+from minilora.train_settings import Piece, TrainConfig
 
 CLAIMS = {claim.name: claim for claim in rewards.CLAIMS}
 CORES = {"town": "Ann Lee be livin' in Elton", "food": "Bo Fry be lovin' corn"}
@@ -95,7 +95,7 @@ def test_rates_are_chosen_on_prompts_that_are_not_reported(monkeypatch, setting_
         return [[""]] * len(asked)
 
     stand_ins = {"sampled": sampled, "answer": lambda model, tokenizer, prompts, most: [""] * len(prompts)}
-    stand_ins |= {"start_of": lambda *_: small, "learn": lambda *_: (None, SimpleNamespace(steps=[[]]), 0.0)}
+    stand_ins |= {"start_of": lambda *_: small, "learn": lambda *_: (None, SimpleNamespace(steps=[[]], updates=1), 0.0)}
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(rewards_runs, name, stand_in)
     for seed in (TUNING_SEED, 0, 1):
@@ -183,6 +183,25 @@ def test_samples_weigh_what_the_arm_says(small):
     assert len(data.steps[0]) == 8
 
 
+def test_a_rollout_serves_for_several_updates_and_its_old_policy_is_the_one_that_drew_it(small):
+    """Three updates of a batch: the ratios begin at 1 and then move; without the clip the gradient is another."""
+    data = Judged(list(EXAMPLES.values()), "right", "reward", small.tokenizer, updates=3)
+    config, model = TrainConfig(4, 8, 1e-3), small.load()
+    first, *more = (data.draw(model, step, config) for step in range(4))
+    same = [torch.equal(first[0], batch[0]) if first[0].shape == batch[0].shape else False for batch in more]
+    assert same == [True, True, False] and len(data.steps) == 2, "drawn at steps 0 and 3"
+    piece = Piece(torch.zeros(1, 2), torch.tensor([[1, 2]]), (torch.tensor([0, 0]), torch.tensor([0, 1])))
+    piece.more = (torch.tensor([1.0]),)
+    for clip, expected in ((0.2, 1.2), (math.inf, 1.5)):
+        objective = rewards_runs.Reusing(2, clip, 3)
+        losses = []
+        for ratio in (1.0, 1.5, 1.5):  # of token 1 at the first place, to the even start
+            logits = torch.zeros(2, 3)
+            logits[0] = torch.tensor([1 - ratio / 3, ratio / 3 * 2, 1 - ratio / 3]).log()
+            losses.append(objective.loss(logits, piece, None).item())
+        assert losses == pytest.approx([-2, -1 - expected, -2]), f"clip {clip}: {losses}"
+
+
 def test_a_dead_run_is_stopped_while_a_rate_is_chosen_and_only_then(monkeypatch, setting_of, small):
     def train(model, data, config, after_step, **_):
         for step, reward in enumerate([1.0, 0, 0, 0, 0, 0, 0]):
@@ -217,6 +236,7 @@ def runs_of(scores: dict[str, dict[str, float]]) -> dict:
 def test_the_rules_compare_what_they_say():
     shares = {"r=1": 0.8, "r=8": 0.9, "linears": 0.85, "full": 0.95, "no baseline": 0.98, "no deviation": 0.85}
     runs = runs_of({arm: {"right": value} for arm, value in (shares | {"KL 0.04": 0.7, "start": 0.4}).items()})
+    runs |= runs_of({"4 updates": {"right": 0.6}, "4 updates, no clip": {"right": 0.5}})
     runs |= runs_of({"hole": {"right": 0.1}, "three kinds": {"right": 0.9, "food": 0.02}})
     runs["KL 0.04"]["scores"]["wordings"], runs["start"]["scores"]["wordings"] = 3, 12
     found = {name: round(claim.rule.number(runs), 6) for name, claim in CLAIMS.items()}
@@ -225,6 +245,7 @@ def test_the_rules_compare_what_they_say():
         "rl-rank-8": -5,
         "rl-baseline": -8,
         "rl-deviation": 5,
+        "rl-clip": 10,
         "rl-kl": 25,
         "rl-kl-costs": 20,
         "rl-unseen": 2,

@@ -25,14 +25,14 @@ from minilora.inference.generate import end_ids
 from minilora.inference.rollouts import Rollouts, sample
 from minilora.linear4bit import float_linears
 from minilora.model import GPT
-from minilora.objectives import GroupPolicy, group_advantages
+from minilora.objectives import GroupPolicy, group_advantages, grpo_loss
 from minilora.quant import Quantization
 from minilora.text.batches import examples
 from minilora.text.chat import encode_prompt
 from minilora.text.tasks import PIRATE_FACTS, Example, is_right_pirate, load_task
 from minilora.text.tokenizer import AnyTokenizer
 from minilora.train import train
-from minilora.train_settings import TrainConfig
+from minilora.train_settings import Piece, TrainConfig
 
 GROUP, SAMPLES = 8, 64  # of a prompt, and of a step
 WINDOW = 5  # steps of training that make a point of a curve
@@ -75,12 +75,15 @@ def start_of(base: BaseFolder, steps: int, kinds: tuple[str, ...]) -> Start:
 
 
 class Judged(Rollouts):
-    """Rollouts that weigh samples as an arm says, and keep every step's examples with their answers."""
+    """Rollouts that weigh samples as an arm says, serve for several updates, and are kept with their examples."""
 
-    def __init__(self, some: Sequence[Example], reward: str, advantages: str, tokenizer: AnyTokenizer):
+    def __init__(
+        self, some: Sequence[Example], reward: str, advantages: str, tokenizer: AnyTokenizer, updates: int = 1
+    ):
         most = longest([example.completion for example in some], tokenizer)
         super().__init__(some, self.judge, tokenizer, most, GROUP)
-        self.kind, self.advantages = REWARDS[reward], ADVANTAGES[advantages]
+        self.kind, self.advantages, self.updates = REWARDS[reward], ADVANTAGES[advantages], updates
+        self.batch: tuple[Tensor, ...] = ()
         self.steps: list[list[tuple[Example, str, float]]] = []
 
     def judge(self, example: Example, answer: str) -> float:
@@ -88,9 +91,26 @@ class Judged(Rollouts):
         return self.steps[-1][-1][2]
 
     def draw(self, model: GPT, step: int, config: TrainConfig) -> tuple[Tensor, ...]:
-        self.steps.append([])
-        ids, labels, _, rewards, agrees = super().draw(model, step, config)
-        return ids, labels, self.advantages(rewards, self.group_size), rewards, agrees
+        if step % self.updates == 0:
+            self.steps.append([])
+            ids, labels, _, rewards, agrees = super().draw(model, step, config)
+            self.batch = ids, labels, self.advantages(rewards, self.group_size), rewards, agrees
+        return self.batch
+
+
+class Reusing(GroupPolicy):
+    """GRPO with several updates a batch: the old policy is the one that drew it. Batches in one piece, no penalty."""
+
+    def __init__(self, updates: int, clip: float, vocab_size: int):
+        super().__init__(vocab_size=vocab_size)
+        self.updates, self.clip, self.seen = updates, clip, 0
+
+    def loss(self, logits: Tensor, piece: Piece, known: Tensor | None) -> Tensor:
+        log_probs, advantages = self.log_probs(logits, piece), piece.more[0][piece.where[0]]  # (N,) both
+        if self.seen % self.updates == 0:
+            self.old = log_probs.detach()
+        self.seen += 1
+        return grpo_loss(log_probs, self.old, advantages, clip=self.clip, reduction="sum")
 
 
 class Dead(Exception):
@@ -107,7 +127,8 @@ def learn(setting: Setting, base: Start) -> tuple[GPT, Judged, float]:
             linear.requires_grad_(True)
     else:
         apply_lora(model, LoRAConfig(**{"r": 8, "lora_alpha": 16, "target_modules": "all-linear", **setting.arm.lora}))
-    data = Judged(load_task("pirate").train, setting["reward"], setting["advantages"], base.tokenizer)
+    some, updates, size = load_task("pirate").train, setting["updates"], base.tokenizer.vocab_size
+    data = Judged(some, setting["reward"], setting["advantages"], base.tokenizer, updates)
 
     def stop_if_dead(step: int, optimizer: torch.optim.Optimizer):
         if setting.tuning and not any(reward for samples in data.steps[-WINDOW:] for *_, reward in samples):
@@ -115,7 +136,8 @@ def learn(setting: Setting, base: Start) -> tuple[GPT, Judged, float]:
 
     assert setting.rate
     config = schedule(setting.plan.steps, setting.rate, SAMPLES, setting.seed, precision="float32")
-    objective = GroupPolicy(setting["beta"], vocab_size=base.tokenizer.vocab_size)
+    once = GroupPolicy(setting["beta"], vocab_size=size)
+    objective = once if updates == 1 else Reusing(updates, setting["clip"], size)
     history = train(model, data, config, progress=setting.progress, after_step=stop_if_dead, objective=objective)
     return model, data, sum(agree for *_, agree in history.rewards) / len(history.rewards)
 
@@ -202,7 +224,8 @@ def path_of(data: Judged) -> list[list[float]]:
         right = share([[is_right_pirate(example, text) for example, text, _ in group] for group in groups])
         used = wordings([worded(group[0][0], [text for _, text, _ in group]) for group in groups])
         reward = share([[given for *_, given in group] for group in groups])
-        points.append([min(at + WINDOW, len(data.steps)), *(round(value, 3) for value in (right, reward, used))])
+        done = min(at + WINDOW, len(data.steps)) * data.updates
+        points.append([done, *(round(value, 3) for value in (right, reward, used))])
     return points
 
 
