@@ -4,6 +4,7 @@ GRPO without a critic on `pirate`, from a start that says it right in about four
 and 8 samples each, at temperature 1. "linears" is full fine-tuning of the layers that adapters are on.
 """
 
+import math
 from collections.abc import Mapping
 
 from minilora.experiments.claims.bars import bars
@@ -17,6 +18,7 @@ KINDS = tuple(PIRATE_FACTS)
 LEFT_OUT = KINDS[-1]
 THREE = {"kinds": KINDS[:-1]}
 SETTINGS = {"start": 45, "kinds": KINDS, "reward": "right", "advantages": "normalized", "beta": 0.0}
+SETTINGS |= {"updates": 1, "clip": 0.2, "linears": False, "prompts": 150}
 
 
 def as_r8(**settings) -> Arm:
@@ -36,6 +38,8 @@ ARMS = {
     "no baseline, ±1": Arm("lora", settings={"advantages": "reward of -1 or 1"}, rate_of="no baseline"),
     "KL 0.04": Arm("lora", settings={"beta": 0.04}),
     "KL 0.2": Arm("lora", settings={"beta": 0.2}),
+    "4 updates": Arm("lora", settings={"updates": 4}),
+    "4 updates, no clip": Arm("lora", settings={"updates": 4, "clip": math.inf}),
     "three kinds, start": Arm(None, settings=THREE),
     "three kinds": as_r8(**THREE),
     "hole": as_r8(reward="sounds"),
@@ -44,7 +48,7 @@ REWARDS = Study(
     "rewards",
     "GRPO on pirate, from a start that is right in four of ten samples; shares of 1,200 samples, new people",
     ARMS,
-    {"tiny": Plan("pirate", 40, seeds=5, minutes=0.7, settings=SETTINGS | {"linears": False, "prompts": 150})},
+    {"tiny": Plan("pirate", 40, seeds=5, minutes=0.7, settings=SETTINGS)},
     measure,
     chosen_by="wrong",
     figure=bars(["right"], "share of samples that are right"),
@@ -115,6 +119,21 @@ CLAIMS = [
         (REWARDS,),
         "after 40 steps from a start that is right in four of ten samples; what the penalty buys is not counted",
         curves({"right": 1}, "share of samples that are right"),
+    ),
+    Claim(
+        "rl-clip",
+        "The clip lets a rollout serve for several updates.",
+        "Schulman et al. 2017, arXiv:1707.06347, abstract",
+        Rule(
+            ("4 updates", "4 updates, no clip", "r=8"),
+            "right answers with 4 updates a rollout and the clip above those without the clip, paired by seed",
+            lambda runs: 100 * (runs["4 updates"]["scores"]["right"] - runs["4 updates, no clip"]["scores"]["right"]),
+            bar=3,
+            unit="points",
+        ),
+        (REWARDS,),
+        "the same 40 steps, so a quarter of the samples; four updates at a rate of their own may need no clip",
+        bars(["right"], "share of samples that are right"),
     ),
     Claim(
         "rl-unseen",
