@@ -147,6 +147,8 @@ def test_each_arm_trains_what_it_says(monkeypatch, setting_of, small):
     assert (seen.objective.beta, seen.config.precision, seen.config.batch_size) == (0.04, "float32", 64)
     _, seen = trained_names(monkeypatch, setting_of("hole"), small)
     assert seen.data.kind is sounds_right and seen.objective.beta == 0
+    _, seen = trained_names(monkeypatch, setting_of("4 updates, no clip"), small)
+    assert (seen.data.updates, seen.objective.updates, seen.objective.clip) == (4, 4, math.inf)
 
 
 def test_a_start_learns_only_the_kinds_that_it_is_told(monkeypatch, base):
