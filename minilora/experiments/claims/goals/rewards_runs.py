@@ -40,7 +40,6 @@ ADVANTAGES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "normalized": group_advantages,
     "centered": partial(group_advantages, normalize=False),
     "reward": lambda rewards, size: rewards,
-    "reward of -1 or 1": lambda rewards, size: 2 * rewards - 1,
 }
 
 
