@@ -271,12 +271,10 @@ def test_the_figures_show_every_arm_and_the_way_of_those_that_learn():
     runs = {"start": made_up(0.4, 12, path=False), "r=8": made_up(0.9, 1.1), "KL 0.2": made_up(0.7, 8)}
     figure = reward_against_diversity("made up", runs)
     (axes,) = figure.axes
-    ways = [line for line in axes.lines if len(line.get_xdata()) == 8]
-    assert (
-        len(ways) == 2
-        and ways[0].get_xdata()[-1] == pytest.approx(0.9)
-        and ways[0].get_ydata()[-1] == pytest.approx(1.1)
-    )
+    ways = [line for line in axes.lines if len(line.get_xdata()) == 9]
+    assert len(ways) == 2 and list(ways[0].get_ydata())[-1] == pytest.approx(1.1)
+    assert [way.get_xdata()[-1] for way in ways] == pytest.approx([0.9, 0.7]), "right, to the right"
+    assert {(way.get_xdata()[0], way.get_ydata()[0]) for way in ways} == {(0.405, 12)}, "from the start's mean"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["start", "r=8", "KL 0.2"]
     figure = curves({"reward": 2, "right": 1}, "share")("made up", runs)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [

@@ -1,7 +1,8 @@
 """Claims about rewards: policy gradients on adapters.
 
 GRPO without a critic on `pirate`, from a start that says it right in about four of ten samples: 40 steps of 8 prompts
-and 8 samples each, at temperature 1. "linears" is full fine-tuning of the layers that adapters are on.
+and 8 samples each, at temperature 1. "linears" is full fine-tuning of the layers that adapters are on. The start's
+likeliest answer is right already: what a reward can teach here is to waver less, and how many wordings that costs.
 """
 
 import math
@@ -66,7 +67,8 @@ CLAIMS = [
         'Schulman et al. 2025, "LoRA Without Regret"',
         more_right("r=1", "linears", "right", bar=-3),
         (REWARDS,),
-        "40 steps: what is slower may still arrive; full fine-tuning of the same layers, without embedding and norms",
+        "40 steps, and rank 1 still gains a point in five; the likeliest answer was right from the start. Room is not "
+        "what it lacks: 2,560 rewards are as many bits at most, and it stores about 17,000",
         curves({"right": 1}, "share of samples that are right"),
     ),
     Claim(
@@ -75,7 +77,8 @@ CLAIMS = [
         'Schulman et al. 2025, "LoRA Without Regret"',
         more_right("r=8", "full", "right", bar=-3),
         (REWARDS,),
-        "40 steps, and alpha 16 at every rank; the embedding, which is the head too, is trained in full only",
+        "40 steps, and alpha 16 at every rank; the embedding, which is the head too, is trained in full only: against "
+        "full fine-tuning of the same layers rank 8 is 2.5 points behind",
         curves({"right": 1}, "share of samples that are right"),
     ),
     Claim(
@@ -84,7 +87,8 @@ CLAIMS = [
         "Williams 1992; Sutton and Barto 2018, section 13.4",
         more_right("r=8", "no baseline", "right", bar=3),
         (REWARDS,),
-        "the reward is 0 or 1, and 0 is a baseline of a kind: what is wrong is never pushed down",
+        "the reward is 0 or 1, so without a baseline what is wrong is not pushed down; with rewards of either sign it "
+        "would be another comparison. The start is often right, and no harm is done by learning only from that",
         curves({"right": 1}, "share of samples that are right"),
     ),
     Claim(
@@ -106,7 +110,9 @@ CLAIMS = [
             bar=50,
         ),
         (REWARDS,),
-        "each weight at the rate at which most samples are right, which need not be the one that keeps most",
+        "at the rate at which most samples are right, which need not be the one that keeps most: most wordings go in "
+        "the first ten steps. At a third of it 0.04 keeps 2.6 of 10, with 83 % right; "
+        "0.2 keeps 3.9, with 78 %",
         reward_against_diversity,
     ),
     Claim(

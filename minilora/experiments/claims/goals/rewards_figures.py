@@ -43,15 +43,17 @@ def curves(columns: Mapping[str, int], ylabel: str) -> Draw:
 def reward_against_diversity(title: str, runs: Runs) -> Figure:
     """Of each arm the way through training, the mean of the seeds, and its end on new people, a mark for each seed.
 
-    To the right more is right, upward more of the 16 wordings are in use. A run that is stopped early ends further up
-    on its own line: a penalty is worth something where its line lies above.
+    To the right more is right, upward more of the 16 wordings are in use. All ways begin at the mean of "start". A run
+    that is stopped early ends further up on its own line: a penalty is worth something where its line lies above.
     """
     figure, (axes,) = new_figure(height=3.4)
+    begin = [[run["scores"]["right"], run["scores"]["wordings"]] for run in runs.get("start", {}).values()]
+    first = [list(map(statistics.mean, zip(*begin, strict=True)))] if begin else []
     for (arm, by_seed), style, colour in zip(runs.items(), STYLES, COLOURS, strict=False):
         ends = [(run["scores"]["right"], run["scores"]["wordings"]) for run in by_seed.values()]
         if all("path" in run for run in by_seed.values()):
-            points = mean_path(by_seed)
-            axes.plot([p[1] for p in points], [p[3] for p in points], style[:-1], color=colour, linewidth=1)
+            way = first + [[right, used] for _, right, _, used in mean_path(by_seed)]
+            axes.plot(*zip(*way, strict=True), style[:-1], color=colour, linewidth=1)
         axes.plot(*zip(*ends, strict=True), style[-1], color=colour, markersize=5, label=arm)
     axes.axhline(16, color="#666666", linewidth=1, linestyle=":")
     axes.set(xlabel="share of samples that are right", ylabel="wordings in use, of 16", yscale="log", ylim=(0.9, 20))
