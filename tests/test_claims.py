@@ -385,8 +385,8 @@ def check_runs(where, arm: str, records: list[dict], seeds: int):
 
 def test_no_two_claims_and_no_two_studies_have_one_name():
     claims = [claim for family in ledger.FAMILIES for claim in family.CLAIMS]
-    studies = {study for claim in claims for study in claim.studies}
-    for names in ([claim.name for claim in claims], [study.name for study in studies]):
+    studies = {each for claim in claims for each in claim.studies}
+    for names in ([claim.name for claim in claims], [each.name for each in studies]):
         assert len(set(names)) == len(names), f"twice: {sorted(name for name in set(names) if names.count(name) > 1)}"
 
 
