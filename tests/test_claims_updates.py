@@ -226,15 +226,16 @@ def test_the_rules_say_what_their_words_say():
         "r=8": run([[0, 6, 0], [1, 2.0, 3.0], [2, 1.0, 4.0]], intruders=4.0),
         "full": run([[0, 6, 0], [1, 1.0, 0.5], [2, 0.1, 2.5]], intruders=2.5, loss_at_rank_1=0.8),
         "full, LoRA's rate": run(intruders=6.5),
+        "full, rate /3": run([[0, 6, 0], [1, 1.0, 0.2], [2, 0.3, 0.8]], loss_at_rank_1=0.4),
         "r=1": run(loss_at_rank_1=0.2),
         "r=64": {"scores": {"top, ranks": 0.6, "8, seeds": 0.3}},
     }
     runs["r=8"]["scores"]["intruders, shuffled"] = 3.5
     runs["full"]["ranks"] = [[10, 40.0], [30, 20.0], [100, 30.0], [300, 60.0]]
     expected = {
-        "intruders-lora": 4.0, "intruders-full": 2.5, "intruders-loss": 3.5, "intruders-rate": 2.5,
-        "intruders-size": -0.5, "directions-ranks": 60, "directions-seeds": 30, "update-rank": 7.5,
-        "update-rank-grows": 3, "rank-1-trained": 75,
+        "intruders-lora": 4.0, "intruders-full": 2.5, "intruders-loss": 3.5, "intruders-slow": 3.8,
+        "intruders-rate": 2.5, "intruders-size": -0.5, "directions-ranks": 60, "directions-seeds": 30, "update-rank": 7.5,
+        "update-rank-grows": 3, "rank-1-trained": 75, "rank-1-slow": 50,
     }  # fmt: skip
     assert list(expected) == [claim.name for claim in updates.CLAIMS]
     for name, number in expected.items():
