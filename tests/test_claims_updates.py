@@ -234,8 +234,8 @@ def test_the_rules_say_what_their_words_say():
     runs["full"]["ranks"] = [[10, 40.0], [30, 20.0], [100, 30.0], [300, 60.0]]
     expected = {
         "intruders-lora": 4.0, "intruders-full": 2.5, "intruders-loss": 3.5, "intruders-slow": 3.8,
-        "intruders-rate": 2.5, "intruders-size": -0.5, "directions-ranks": 60, "directions-seeds": 30, "update-rank": 7.5,
-        "update-rank-grows": 3, "rank-1-trained": 75, "rank-1-slow": 50,
+        "intruders-rate": 2.5, "intruders-size": -0.5, "directions-ranks": 60, "directions-seeds": 30,
+        "update-rank": 7.5, "update-rank-grows": 3, "rank-1-trained": 75, "rank-1-slow": 50,
     }  # fmt: skip
     assert list(expected) == [claim.name for claim in updates.CLAIMS]
     for name, number in expected.items():

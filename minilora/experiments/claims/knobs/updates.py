@@ -58,7 +58,6 @@ SHARED = Study(
     {"r=64": Arm("lora", lora(64, 16))},
     {
         "tiny": Plan("dialect", steps=100, seeds=3, minutes=1.5, settings=SETTINGS),
-        "smollm2": Plan("orders", steps=30, seeds=2, minutes=10, settings=FEW),
     },
     shared_directions,
     figure=by_size,
@@ -69,7 +68,6 @@ LENGTH = Study(
     {"full": Arm("full")},
     {
         "tiny": Plan("dialect", steps=300, seeds=3, minutes=1.2, settings=SETTINGS),
-        "smollm2": Plan("orders", steps=100, seeds=2, minutes=10, settings=FEW),
     },
     ranks_by_step,
     figure=by_length,
