@@ -76,8 +76,9 @@ LENGTH = Study(
 SHUTTLEWORTH = "Shuttleworth et al. 2024, arXiv:2410.21228"
 OF_TEN = "singular vectors among the first 10 whose cosine with each of W's is below 0.5, mean of matrices"
 ROTATED = (
-    "where W's singular values lie close together, a small change turns their vectors into each other, and a vector "
-    "counts as new that lies among W's first ones; one task, 30 to 100 steps"
+    "the bar on the cosine decides: where W's singular values lie close together, a small change turns their vectors "
+    "into each other. On the dialect, at a rate of 0.01 for both, full fine-tuning has 6.0 new vectors below 0.5 and "
+    "0.6 below 0.3, r=8 has 2.6 and 1.3. And the rate: see intruders-slow and intruders-rate. One task, 30 to 100 steps"
 )
 
 
@@ -132,7 +133,8 @@ CLAIMS = [
         f"{SHUTTLEWORTH}, abstract",
         more_at_equal_loss("full"),
         BOTH,
-        "full fine-tuning is there after a few steps, in the middle of its run, at a rate that has not come down yet",
+        "full fine-tuning is there in the middle of its run, at a rate that has not come down yet. On the dialect its "
+        "search chose 0.01, which is too high on the reported seeds: see intruders-slow",
         along_the_run,
     ),
     Claim(
@@ -156,8 +158,8 @@ CLAIMS = [
             "of 10",
         ),
         BOTH,
-        "at that rate full fine-tuning may learn badly, and nobody would use it; one rate has not the same meaning for "
-        "W as for A and B",
+        "nobody would use it: on orders full fine-tuning learns nothing at 0.01. On the dialect both searches chose "
+        "0.01, so that the crossed arms are the plain ones again. One rate means not the same for W as for A and B",
         by_cosine,
     ),
     Claim(
@@ -172,7 +174,8 @@ CLAIMS = [
             "of 10",
         ),
         BOTH,
-        "that a random update makes new vectors does not say that LoRA's are random",
+        "that a random update makes as many does not say that LoRA's are random; and of full fine-tuning on the "
+        "dialect it makes fewer, 4.9 for 6.0",
     ),
     Claim(
         "directions-ranks",
@@ -230,8 +233,8 @@ CLAIMS = [
         "put here after low-rank, whose cut to rank 1 costs a tenth of the gain",
         trained_below_cut("full"),
         BOTH,
-        "the cut keeps the embedding and the norms as full fine-tuning has trained them, which r=1 does not have; and "
-        "nothing is trained after the cut",
+        "the cut keeps the embedding and the norms as full fine-tuning has trained them, which r=1 does not have, and "
+        "nothing is trained after it. On the dialect full fine-tuning's rate, 0.01, is too high: see rank-1-slow",
         bars(["loss at rank 1"], "loss (nats/token): r=1 trained, full cut to rank 1"),
     ),
     Claim(

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from statistics import fmean
 
+from matplotlib.ticker import LogLocator, NullFormatter
+
 from minilora.experiments.claims.knobs.updates_runs import NEAR, NEARS, SIZES
 from minilora.experiments.figures import LEGEND, Figure, finished, new_figure
 
 Runs = Mapping[str, Mapping[int, Mapping]]  # by arm and by seed
 NEW = "new of the first 10\nsingular vectors"
-LOOKS = {  # colour and marker; where an arm has another's rate the line is dashed and the marker hollow
+LOOKS = {  # colour and marker; at a rate that is not its own the line is dashed and the marker hollow
     "full": ("#D55E00", "o"),
     "r=8": ("#0072B2", "s"),
     "r=1": ("#56B4E9", "^"),
@@ -19,7 +21,7 @@ LOOKS = {  # colour and marker; where an arm has another's rate the line is dash
 def style_of(arm: str) -> dict:
     colour, marker = LOOKS[arm.partition(",")[0]]
     style = dict(color=colour, marker=marker, markersize=4, label="full fine-tuning" if arm == "full" else arm)
-    return style if arm in LOOKS else style | {"linestyle": "--", "markerfacecolor": "white"}
+    return style if arm in LOOKS else {**style, "linestyle": "--", "markerfacecolor": "none", "markersize": 8}
 
 
 def by_cosine(title: str, runs: Runs) -> Figure:
@@ -42,6 +44,9 @@ def along_the_run(title: str, runs: Runs) -> Figure:
             _, task, new = zip(*run["curve"], strict=True)
             axes.plot(task, new, **style_of(arm) | ({} if number == 0 else {"label": None}), linewidth=1)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.invert_xaxis()
     axes.set_title(title, fontsize="small")
     return finished(figure, axes, xlabel="task loss (nats/token): learned more to the right", ylabel=NEW)
