@@ -12,16 +12,13 @@ from minilora.experiments.claims.knobs.rates_runs import best, share_needed
 from minilora.experiments.claims.knobs.rates_studies import (
     ALPHAS,
     BATCHES,
-    CODE_BATCHES,
     DIALECT,
     EXAMPLES,
     FULL,
     JSON,
     LENGTHS,
     ORDERS,
-    PYTHON,
     R8,
-    RANKS_ORDERS,
     SAME_PRODUCT,
     SHORT,
 )
@@ -89,7 +86,7 @@ def falls_behind(batch: str, than: str, bar: float = 10) -> Rule:
 
 SCHULMAN = "Schulman et al. 2025, LoRA Without Regret"
 SMALL = "small bases and runs of 30 to 200 steps"
-RATES, ON_RANKS = (DIALECT, JSON, PYTHON, ORDERS), (DIALECT, JSON, PYTHON, RANKS_ORDERS)
+RATES = (DIALECT, JSON, ORDERS)
 CLAIMS = [
     Claim(
         "rate-higher",
@@ -114,7 +111,7 @@ CLAIMS = [
         "With alpha fixed the best rate is the same at every rank: from 1 to 64 it moves by less than 2.",
         f"{SCHULMAN}; Hu et al. 2021, arXiv:2106.09685, section 4.1",
         same_rate("r=1", "r=64"),
-        ON_RANKS,
+        (DIALECT, JSON),
         f"{SMALL}; of a curve that is flat at its bottom, seeds move the lowest point",
         rate_curves,
     ),
@@ -177,7 +174,7 @@ CLAIMS = [
         "LoRA tolerates large batches less than full fine-tuning: from 16 to 256 it falls further behind.",
         SCHULMAN,
         falls_behind("batch 256", "batch 16"),
-        (BATCHES, CODE_BATCHES),
+        (BATCHES,),
         f"{EXAMPLES:,} examples are 12 steps of 256, which LoRA spends on starting; along full fine-tuning's run the "
         "rate has not yet come down, so its share is too large at every batch",
         batches,
@@ -187,7 +184,7 @@ CLAIMS = [
         "It is the batch itself: in as few steps with a batch of 16 LoRA is not as far behind.",
         SCHULMAN,
         falls_behind("batch 256", "batch 16" + SHORT),
-        (BATCHES, CODE_BATCHES),
+        (BATCHES,),
         "12 steps of each",
         batches,
     ),
@@ -196,7 +193,7 @@ CLAIMS = [
         "With Adam a larger batch wants a higher rate: 16 times the batch at least twice the rate, by theory 4 times.",
         "Malladi et al. 2022, arXiv:2205.10287: the square root",
         times("lora, batch 256", "lora, batch 16", 2),
-        (BATCHES, CODE_BATCHES),
+        (BATCHES,),
         "at equal examples a larger batch has fewer steps, which alone want a higher rate",
         rate_curves,
     ),

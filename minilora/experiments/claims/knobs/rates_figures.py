@@ -42,10 +42,10 @@ def log_ticks(axis, low_and_high: Sequence[float]):
 
 def rate_curves(title: str, runs: Runs) -> Figure:
     """The last loss over the rate: a thin line a seed, a thick one through the means, and a mark on the axis at the
-    best rate, the mean of the seeds'. What is above the base's loss is cut off."""
+    best rate, the mean of the seeds'. What is far above the best of every arm is cut off."""
     figure, (axes,) = new_figure(5, 3.2)
     axes.set(xscale="log", yscale="log")
-    top = max(record["validation_loss"][0][1] for by_seed in runs.values() for record in by_seed.values())
+    base = max(record["validation_loss"][0][1] for by_seed in runs.values() for record in by_seed.values())
     lows, rates = [], []
     for arm, look in looks(list(runs)).items():
         curves = [{rate: loss for rate, loss in record["curve"] if loss} for record in runs[arm].values()]
@@ -59,8 +59,8 @@ def rate_curves(title: str, runs: Runs) -> Figure:
         axes.axvline(middle, color=look["color"], linestyle=look["linestyle"], linewidth=0.6, zorder=0)
         lows += [min(each.values()) for each in curves]
         rates += [rate for each in curves for rate in each]
-    axes.axhline(top, color=LOOKS["base"].colour, linestyle=":", linewidth=1, label="base")
-    axes.set_ylim(0.7 * min(lows), 1.2 * top)
+    axes.axhline(base, color=LOOKS["base"].colour, linestyle=":", linewidth=1, label=f"base, {base:.2g} nats/token")
+    axes.set_ylim(0.7 * min(lows), min(1.2 * base, 4 * max(lows)))
     log_ticks(axes.xaxis, rates)
     log_ticks(axes.yaxis, axes.get_ylim())
     titled(axes, title)

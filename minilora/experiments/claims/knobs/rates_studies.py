@@ -56,26 +56,12 @@ JSON = study_of(
     "tiny",
     Plan("json", steps=30, seeds=3, minutes=1),
 )
-PYTHON = study_of(
-    "rates-python",
-    f"source code, of which the base knows nothing; {TOOLS}",
-    ranks_of(full=1e-3, lora=2e-3),
-    "tiny",
-    Plan("python-code", steps=100, seeds=3, minutes=3),
-)
 ORDERS = study_of(
     "rates-orders",
     f"orders as JSON, 30 steps of 8; {TOOLS}",
     {name: arm for name, arm in ranks_of(full=1e-4, lora=1e-3).items() if name in (FULL, R8)},
     "smollm2",
     Plan("orders", steps=30, seeds=3, minutes=12),
-)
-RANKS_ORDERS = study_of(
-    "rates-orders-ranks",
-    "as rates-orders",
-    {name: arm for name, arm in ranks_of(full=1e-4, lora=1e-3).items() if name in ("r=1", "r=64")},
-    "smollm2",
-    Plan("orders", steps=30, seeds=2, minutes=12),
 )
 LENGTHS = study_of(
     "rates-lengths",
@@ -110,15 +96,6 @@ BATCHES = study_of(
     batch_arms(full=1e-3, lora=4e-3),
     "tiny",
     Plan("dialect", steps=EXAMPLES // 16, seeds=3, minutes=1.5),
-    batches,
-    evaluations=12,
-)
-CODE_BATCHES = study_of(
-    "batches-python",
-    f"source code, {EXAMPLES:,} rows in batches of 16 to 256; {TOOLS}",
-    batch_arms(full=1e-3, lora=4e-3),
-    "tiny",
-    Plan("python-code", steps=EXAMPLES // 16, seeds=3, minutes=4),
     batches,
     evaluations=12,
 )
