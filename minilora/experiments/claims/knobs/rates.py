@@ -86,6 +86,11 @@ def falls_behind(batch: str, than: str, bar: float = 10) -> Rule:
 
 SCHULMAN = "Schulman et al. 2025, LoRA Without Regret"
 SMALL = "small bases and runs of 30 to 200 steps"
+OF_ONE_ALPHA = (
+    "a ratio is that of one alpha: on dialect, from alpha 2 to 1024, LoRA's best rate goes from 0.026 to 0.0006, from "
+    "4.6 times full fine-tuning's to a ninth. The rule takes plain means: on SmolLM2 the ratios are 37, 18 and 11, "
+    "whose interval in logarithms would be 7 to 55, above both bars"
+)
 RATES = (DIALECT, JSON, ORDERS)
 CLAIMS = [
     Claim(
@@ -94,7 +99,7 @@ CLAIMS = [
         "often said",
         times(R8, FULL, 2),
         RATES,
-        f"{SMALL}; rank 8 at alpha 16, and with another alpha the best rate is another",
+        f"{SMALL}; {OF_ONE_ALPHA}",
         rate_curves,
     ),
     Claim(
@@ -103,7 +108,7 @@ CLAIMS = [
         f"{SCHULMAN}; Biderman et al. 2024, arXiv:2405.09673",
         times(R8, FULL, 5),
         RATES,
-        f"{SMALL}; Schulman's alpha is 32 at every rank; a ratio above 20 would hold too, and be off on the other side",
+        f"{SMALL}; {OF_ONE_ALPHA}; a ratio above 20 would hold too, and be off on the other side",
         rate_curves,
     ),
     Claim(
@@ -112,7 +117,7 @@ CLAIMS = [
         f"{SCHULMAN}; Hu et al. 2021, arXiv:2106.09685, section 4.1",
         same_rate("r=1", "r=64"),
         (DIALECT, JSON),
-        f"{SMALL}; of a curve that is flat at its bottom, seeds move the lowest point",
+        f"{SMALL}; it does move, upward, by 1.7 on dialect, within the bar",
         rate_curves,
     ),
     Claim(
@@ -130,7 +135,8 @@ CLAIMS = [
         "Kalajdzievski 2023, arXiv:2312.03732, section 4",
         same_rate("r=1", "r=64, alpha 128"),  # alpha/√r is 16 at rank 1 and 2 at rank 64, as are these
         (DIALECT, JSON),
-        f"{SMALL}; the paper asks that learning be stable at large ranks, and 64 of a width of 192 is not large",
+        f"{SMALL}; the paper asks that learning be stable at large ranks, and 64 of a width of 192 is not large; on "
+        "dialect the best rate falls by 2.0 here and rises by 1.7 with alpha/r, so that neither is the better guide",
         rate_curves,
     ),
     Claim(
@@ -148,7 +154,8 @@ CLAIMS = [
         "Hu et al. 2021, arXiv:2106.09685, section 4.1",
         same_loss("lowest loss of a curve"),
         (DIALECT, JSON),
-        f"{SMALL}; the highest over the lowest of four noisy losses is above 0 % where alpha does nothing",
+        f"{SMALL}; the highest over the lowest of four noisy losses is above 0 % where alpha does nothing; on dialect "
+        "the losses go down with alpha in order, 0.65, 0.62, 0.55, 0.53, so it is no noise",
         rate_curves,
     ),
     Claim(
@@ -158,7 +165,7 @@ CLAIMS = [
         product_law(75),
         (DIALECT, JSON),
         "with A frozen the law is exact under Adam, and at a high alpha A hardly moves: over another range of alphas "
-        "the exponent is another",
+        "the exponent is another. On dialect it is 0.48 from 2 to 16, 0.54 to 128 and 0.76 to 1024",
         alpha_law,
     ),
     Claim(
@@ -185,7 +192,7 @@ CLAIMS = [
         SCHULMAN,
         falls_behind("batch 256", "batch 16" + SHORT),
         (BATCHES,),
-        "12 steps of each",
+        "12 steps of each. In nats, which depend on where a loss lies, LoRA is 0.51 behind with 16 and 0.92 with 256",
         batches,
     ),
     Claim(
