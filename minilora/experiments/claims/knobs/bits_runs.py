@@ -20,7 +20,7 @@ from minilora.experiments.bench_ratios import ModelBenchSettings
 from minilora.experiments.claims.claim import interval
 from minilora.experiments.claims.study import Setting
 from minilora.experiments.claims.uses.basics import directions
-from minilora.experiments.figures import Figure, finished, new_figure
+from minilora.experiments.figures import LEGEND, Figure, new_figure
 from minilora.experiments.methods import BaseFolder
 from minilora.experiments.run import schedule
 from minilora.inference.evaluate import score_task
@@ -139,4 +139,6 @@ def above_floats(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figur
     axes.set_yticks(range(len(arms)), arms)
     axes.invert_yaxis()
     axes.set_title(title, fontsize="small", wrap=True)
-    return finished(figure, axes, xlabel="loss above that of the floats (nats/token)")
+    axes.set(xlabel="loss above that of the floats (nats/token)")
+    figure.legend(**LEGEND, loc="outside lower center", ncols=2)
+    return figure
