@@ -34,14 +34,6 @@ ENGLISH = Study(
     measure,
     figure=above_floats,
 )
-COMMANDS = Study(
-    "bits-commands",
-    "an invented command language that SmolLM2 cannot know; LoRA r=8 on a base rounded once",
-    LEVELS,
-    {"smollm2": Plan("commands", steps=40, seeds=3, minutes=3)},
-    measure,
-    figure=above_floats,
-)
 DIALECT = Study(
     "bits-dialect",
     "a hundred new words and a new word order, on a base that was trained in floats; LoRA r=8 on it, rounded once",
@@ -50,7 +42,7 @@ DIALECT = Study(
     measure,
     figure=above_floats,
 )
-BOTH, ALL = (ENGLISH, DIALECT), (ENGLISH, DIALECT, COMMANDS)
+BOTH = (ENGLISH, DIALECT)
 FREE = 2  # percent of a loss: a choice that costs nothing needs no more than a gain beyond doubt
 NOT_FLOATS = (
     "SmolLM2 came to us in 4 bits (Q4_1: 16 levels in blocks of 32), so its floats, and any bfloat16 file made of it, "
@@ -79,7 +71,7 @@ CLAIMS = [
         "LoRA trains as well on a base in NF4 with double quantization as on one in floats.",
         f"{DETTMERS}, abstract",
         no_worse("nf4", "floats"),
-        ALL,
+        BOTH,
         NOT_FLOATS,
     ),
     Claim(
@@ -106,7 +98,7 @@ CLAIMS = [
             to_the_next_best,
             bar=FREE,
         ),
-        ALL,
+        BOTH,
         f"by the loss at equal steps, where the paper compares scores. {NOT_FLOATS}",
     ),
     Claim(

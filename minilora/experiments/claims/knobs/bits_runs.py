@@ -28,7 +28,6 @@ from minilora.linear4bit import dequantize_model, float_linears, quantize_model
 from minilora.model import GPT
 from minilora.quant import Quantization, dequantize
 from minilora.text.batches import Batches
-from minilora.text.commands import commands
 from minilora.text.datasets import Dataset
 from minilora.text.tokenizer import AnyTokenizer
 from minilora.train import train
@@ -48,10 +47,7 @@ def english(tokenizer: AnyTokenizer) -> Dataset:
 
 
 def data_of(setting: Setting) -> Dataset:
-    tokenizer = setting.base.tokenizer
-    if setting.plan.data == "english":
-        return english(tokenizer)
-    return commands(tokenizer, validation=200) if setting.plan.data == "commands" else setting.dataset()
+    return english(setting.base.tokenizer) if setting.plan.data == "english" else setting.dataset()
 
 
 def best_of_rank(W: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
