@@ -72,7 +72,8 @@ CLAIMS = [
         f"{DETTMERS}, abstract",
         no_worse("nf4", "floats"),
         BOTH,
-        NOT_FLOATS,
+        "on English text 3 % of the loss are 0.09 nats a token, a fifth of the 0.45 that training gains on floats: who "
+        f"trains for the likelihood of text would not call that as well. {NOT_FLOATS}",
     ),
     Claim(
         "bits-recovered",
