@@ -204,3 +204,13 @@ def test_the_figures_show_every_arm_beside_the_one_it_is_held_against():
     runs = {"floats": curve(3.0, 2.5), "nf4": curve(3.2, 2.54), "int4": curve(3.4, 2.6)}
     (axes,) = bits_runs.above_floats("made up", runs).axes
     assert [text.get_text() for text in axes.texts] == ["+0.200", "+0.400", "+0.040", "+0.100"]
+
+
+def test_a_study_that_is_half_run_is_drawn(base_folder):
+    """Before the arm has runs that the others are held against, and where it has other seeds than one of them."""
+    record = {"last": 1.0, "validation_loss": [[0, 2.0], [9, 1.0]]}
+    half = {"lora": {0: record}, "floats": {0: record}, "dora": {0: record, 1: record}, "nf4": {1: record}}
+    for draw, than in ((orders_figures.gains("last", "lora"), "lora"), (bits_runs.above_floats, "floats")):
+        for runs in (half, {arm: of_arm for arm, of_arm in half.items() if arm != than}):
+            (axes,) = draw("half", runs).axes
+            assert "nf4" not in [tick.get_text() for tick in axes.get_yticklabels()]

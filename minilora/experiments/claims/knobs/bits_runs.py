@@ -106,14 +106,15 @@ def measure(setting: Setting) -> dict[str, Any]:
 def above_floats(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figure:
     """How far each arm's loss lies above that of the floats, nats per token, paired by seed: before training and after,
     a dot a seed, the mean and its 90 % interval."""
-    arms = [arm for arm in runs if arm != "floats"]
+    reference = runs.get("floats", {})  # without runs before its turn has come
+    arms = [arm for arm in runs if arm != "floats" and set(runs[arm]) & set(reference)]
     figure, (axes,) = new_figure(height=1.4 + 0.34 * len(arms))
     for at, (label, colour, marker, shift) in {
         0: ("before training", "#999999", "s", -0.17),
         -1: ("after", "#0072B2", "o", 0.17),
     }.items():
         for place, arm in enumerate(arms):
-            floats = {seed: runs["floats"][seed] for seed in runs[arm] if seed in runs["floats"]}
+            floats = {seed: reference[seed] for seed in runs[arm] if seed in reference}
             rises = [
                 runs[arm][seed]["validation_loss"][at][1] - one["validation_loss"][at][1]
                 for seed, one in floats.items()
@@ -136,5 +137,6 @@ def above_floats(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figur
     axes.invert_yaxis()
     axes.set_title(title, fontsize="small", wrap=True)
     axes.set(xlabel="loss above that of the floats (nats/token)")
-    figure.legend(**LEGEND, loc="outside lower center", ncols=2)
+    if arms:
+        figure.legend(**LEGEND, loc="outside lower center", ncols=2)
     return figure

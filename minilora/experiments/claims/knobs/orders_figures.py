@@ -18,11 +18,12 @@ def gains(measure: str, than: str, without: tuple[str, ...] = ("base",)) -> Draw
     """
 
     def draw(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figure:
-        arms = [arm for arm in runs if arm != than and arm not in without]
+        reference = runs.get(than, {})  # without runs before its turn has come
+        arms = [arm for arm in runs if arm != than and arm not in without and set(runs[arm]) & set(reference)]
         figure, (axes,) = new_figure(height=1.2 + 0.24 * len(arms))
         for place, arm in enumerate(arms):
             colour = look_of(arm.partition(" r=")[0]).colour or "#666666"
-            plain = {seed: runs[than][seed][measure] for seed in runs[arm] if seed in runs[than]}
+            plain = {seed: reference[seed][measure] for seed in runs[arm] if seed in reference}
             values = [100 * (loss - runs[arm][seed][measure]) / loss for seed, loss in plain.items()]
             axes.scatter(values, [place] * len(values), s=14, color=colour, alpha=0.6)
             if len(values) > 1:
