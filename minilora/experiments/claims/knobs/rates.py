@@ -183,8 +183,8 @@ CLAIMS = [
         falls_behind("batch 256", "batch 16"),
         (BATCHES,),
         f"by the loss it would hold: LoRA is 0.42 nats behind at 16 and 0.92 at 256; but {EXAMPLES:,} examples are "
-        "12 steps of 256, and where all is less learned a gap is wider. Shares are 31, 29 and 34 % from batch 16 to 256; "
-        "along full fine-tuning's run the rate has not yet come down, so they are too large at every batch",
+        "12 steps of 256, and where less is learned a gap is wider. The shares are 30, 29 and 34 %; along full "
+        "fine-tuning's run the rate has not yet come down, so they are too large at every batch",
         batches,
     ),
     Claim(

@@ -141,8 +141,8 @@ def batches(title: str, runs: Runs) -> Figure:
                 for seed, record in by_seed.items()
                 if seed in runs[other]
             )
-            text = dict(textcoords="offset points", fontsize="small", va="bottom", ha="center")
-            axes.annotate(f"{needed:.0f} %", (size, max(losses)), (0, 5), **text)
+            text = dict(textcoords="offset points", fontsize="small", va="bottom", ha="right")
+            axes.annotate(f"{needed:.0f} %", (size, max(losses)), (-4, 4), **text)
     for (method, fewer), at in points.items():
         colour, face = LOOKS[method].colour, "white" if fewer else LOOKS[method].colour
         label, style = f"{LOOKS[method].label}{', few steps' * fewer}", "o-" if method == "full" else "s--"
