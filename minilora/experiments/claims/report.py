@@ -14,7 +14,11 @@ from minilora.storage.files import replacing
 VERDICTS = ("holds", "fails", "depends", "open", "not run")
 PAGE = "data/claims/README.md"  # what `page` says, as the README of the repository links to it
 # Of the page, what whoever asks "how does LoRA really work?" should read first; the README shows these rows.
-HEADLINES = ("as-full", "forget-less", "forget-rate", "facts-strangers", "few-good", "low-rank", "qlora", "dora")
+HEADLINES = (
+    *("as-full", "targets-qv", "targets-mlp", "rank-8", "rate-any-rank", "again-gain", "capacity-two-bits"),
+    *("capacity-enough", "qlora", "forget-less", "forget-rate", "facts-strangers", "few-good", "rl-rank-1"),
+    *("dpo-accuracy", "teach-soft"),
+)
 
 
 def page() -> str:
