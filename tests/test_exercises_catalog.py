@@ -11,6 +11,9 @@ from minilora.exercises.catalog import EXERCISES
 from minilora.exercises.graft import Graft, package_sources
 
 ANSWERS = {number: importlib.import_module(exercise.name) for number, exercise in EXERCISES.items()}
+SOLUTIONS = [
+    (n, each) for n, answers in ANSWERS.items() for each in [answers.SOLUTION, *getattr(answers, "FURTHER", [])]
+]
 MUTANTS = [(number, mutant) for number, answers in ANSWERS.items() for mutant in answers.MUTANTS]
 
 
@@ -26,10 +29,10 @@ def test_package_code_passes(number, seed):
     assert not found, told(found)
 
 
-@pytest.mark.parametrize("number", EXERCISES)
+@pytest.mark.parametrize("number, solution", SOLUTIONS)
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_other_solution_passes(number, seed):
-    found = failures(EXERCISES[number], ANSWERS[number].SOLUTION, seed)
+def test_other_solutions_pass(number, solution, seed):
+    found = failures(EXERCISES[number], solution, seed)
     assert not found, told(found)
 
 

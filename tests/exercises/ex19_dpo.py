@@ -15,6 +15,31 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
 """
 }
 
+FURTHER = [
+    {
+        "objectives": """
+import torch
+from torch.nn import functional as F
+
+
+def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta, reduction="mean"):
+    moved = torch.stack([policy_chosen - reference_chosen, policy_rejected - reference_rejected], 1)
+    first = torch.zeros(len(moved), dtype=torch.long)
+    return F.cross_entropy(beta * moved, first, reduction=reduction)
+"""
+    },
+    {
+        "objectives": """
+def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta, reduction="mean"):
+    total = 0
+    for chosen, rejected, *reference in zip(policy_chosen, policy_rejected, reference_chosen, reference_rejected):
+        z = beta * ((chosen - rejected) - (reference[0] - reference[1]))
+        total = total + (-z).clamp(min=0) + (-z.abs()).exp().log1p()
+    return total if reduction == "sum" else total / len(policy_chosen)
+"""
+    },
+]
+
 EACH = "F.softplus(beta * (moved_rejected - moved_chosen))"
 LAST = 'each.sum() if reduction == "sum" else each.mean()'
 
@@ -50,5 +75,7 @@ MUTANTS = [
     ),
     Mutant("a list of losses", LAST, "each", "expected shape ()"),
     Mutant("cut off", EACH, EACH + ".detach()", "does not require grad"),
+    Mutant("half cut off", "policy_rejected - ref", "policy_rejected.detach() - ref", "gradient of the rejected"),
+    Mutant("overflow", EACH, "(beta * (moved_rejected - moved_chosen)).exp().log1p()", "finite numbers"),
     Mutant("clamped", EACH, EACH + ".clamp(0, 9)", "margin = -300"),
 ]

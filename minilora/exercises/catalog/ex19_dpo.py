@@ -29,7 +29,7 @@ over its tokens, and how far the model has moved towards an answer is log π - l
 
 `dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta, reduction)` takes four tensors
 (B,) of log-probabilities, a pair in each place, and a number β. It returns a scalar: the mean over the pairs, or with
-reduction "sum" their sum. Gradients go to whatever wants them.
+reduction "sum" their sum. Gradients reach both of the policy's tensors.
 
 While π is π_ref the loss is log 2. It must stay right however large the margin is: at β · margin = -1,000 it is 1,000,
 though σ(-1,000) is 0 in every floating-point format.""",
@@ -120,7 +120,7 @@ def default(draw: Draw):
 @EXERCISE.property("right for margins of any size, in float32 too")
 def large_margins(draw: Draw):
     for dtype in (torch.float64, torch.float32):
-        for margin in (40.0, -300.0, 2000.0, -2000.0):
+        for margin in (-300.0, 2000.0, -2000.0):  # at 40, σ rounds to 1, and log 1 is off by no more than 4e-18
             far, near = torch.tensor([margin], dtype=dtype), torch.zeros(1, dtype=dtype)
             logps = (far, near, near, near) if margin < 0 else (near, -far, near, near)
             expected = torch.tensor(max(0.0, -margin) + math.log1p(math.exp(-abs(margin))), dtype=dtype)
