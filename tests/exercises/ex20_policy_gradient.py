@@ -31,6 +31,41 @@ def grpo_loss(log_probs, old_log_probs, advantages, mask=None, clip=0.2, kl=None
 """
 }
 
+FURTHER = [
+    {
+        "objectives": """
+import torch
+
+
+def group_advantages(rewards, group_size, normalize=True):
+    found = torch.zeros_like(rewards)
+    for first in range(0, len(rewards), group_size):
+        group = rewards[first : first + group_size]
+        if (group != group[0]).any():
+            better = group - sum(group) / group_size
+            spread = (better.square().sum() / (group_size - 1)).sqrt() + 1e-4
+            found[first : first + group_size] = better / spread if normalize else better
+    return found
+
+
+def kl_estimate(log_probs, reference_log_probs):
+    ratio = reference_log_probs.exp() / log_probs.exp()
+    return ratio - ratio.log() - 1
+
+
+def grpo_loss(log_probs, old_log_probs, advantages, mask=None, clip=0.2, kl=None, reduction="mean"):
+    total, count = 0, 0
+    for row, A in enumerate(advantages):
+        for at in range(log_probs.shape[1]):
+            if mask is None or mask[row, at]:
+                ratio = (log_probs[row, at] - old_log_probs[row, at]).exp()
+                gain = min(ratio * A, (1 + clip) * A if A > 0 else (1 - clip) * A)
+                total, count = total - gain + (0 if kl is None else kl[row, at]), count + 1
+    return total if reduction == "sum" else total / count
+"""
+    }
+]
+
 FOUND = "(groups - groups.mean(dim=1, keepdim=True)) / spread"
 GAIN = "torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)"
 MEAN = "total / counts.sum()"
@@ -65,12 +100,22 @@ MUTANTS = [
     ),
     Mutant("rounded zeros", "torch.where(agree, torch.zeros_like(found), found)", "found", "the group that agrees"),
     Mutant(
+        "close is equal",
+        "groups.amax(dim=1, keepdim=True) == groups.amin(dim=1, keepdim=True)",
+        "torch.isclose(groups.amax(dim=1, keepdim=True), groups.amin(dim=1, keepdim=True))",
+        "close are not equal",
+    ),
+    Mutant("small is nothing", "torch.where(agree,", "torch.where(found.abs() < 1e-3,", "close are not equal"),
+    Mutant(
         "q over p reversed", "reference_log_probs - log_probs", "log_probs - reference_log_probs", "not the other way"
     ),
     Mutant("log ratio", "torch.expm1(log_ratio) - log_ratio", "-log_ratio", "it can be negative"),
     Mutant("no minus one", "torch.expm1(log_ratio)", "torch.exp(log_ratio)", "the 1 is missing"),
     Mutant("sign of the logarithm", "(log_ratio) - log_ratio", "(log_ratio) + log_ratio", "the sign of the logarithm"),
     Mutant("squared", "torch.expm1(log_ratio) - log_ratio", "log_ratio**2 / 2", "squared logarithm"),
+    Mutant(
+        "estimate cut off", "torch.expm1(log_ratio) - log_ratio", "log_ratio.detach().expm1() - log_ratio", "cut off"
+    ),
     Mutant("no clip", GAIN, "ratio * A", "nothing is clipped"),
     Mutant("only clipped", GAIN, "ratio.clamp(1 - clip, 1 + clip) * A", "not the clipped one alone"),
     Mutant("maximum", "torch.minimum", "torch.maximum", "not the larger"),
@@ -87,6 +132,14 @@ MUTANTS = [
     Mutant("always the sum", 'total if reduction == "sum" else total / counts.sum()', "total", "reduction is 'mean'"),
     Mutant("answers first", MEAN, "((each * counts).sum(1) / counts.sum(1).clamp(min=1)).mean()", "over each answer"),
     Mutant("kl subtracted", "(0 if kl is None else kl)", "(0 if kl is None else -kl)", "not subtracted"),
+    Mutant("sum over all", "return total if", "return each.sum() if", "the mask is left out"),
+    Mutant("kl cut off", "(0 if kl is None else kl)", "(0 if kl is None else kl.detach())", "the gradient of kl"),
+    Mutant(
+        "sum with all of kl",
+        "(each * counts).sum()",
+        '(each * counts).sum() + (0 if kl is None or reduction == "mean" else (kl * (1 - counts)).sum())',
+        "kl is masked like the rest",
+    ),
     Mutant("kl left out", "(0 if kl is None else kl)", "0", "kl is left out"),
     Mutant(
         "no gradient", "torch.exp(log_probs - old_log_probs)", "torch.exp(log_probs - old_log_probs).detach()", "grad"

@@ -9,7 +9,7 @@ from minilora.objectives import group_advantages, grpo_loss, kl_estimate
 EXERCISE = Exercise(
     number=20,
     slug="policy_gradient",
-    title="Rewards: groups, a clipped ratio, a leash",
+    title="Rewards: groups, a clipped ratio, a KL penalty",
     targets=("objectives:group_advantages", "objectives:kl_estimate", "objectives:grpo_loss"),
     difficulty=2,
     minutes=40,
@@ -21,10 +21,11 @@ group's mean, so no second network has to guess what a prompt is worth (GRPO, Sh
 
 - `group_advantages(rewards, group_size, normalize)`: rewards (B,), the answers of a prompt side by side -> (B,). The
   reward minus its group's mean; normalized, divided by the group's standard deviation plus 1e-4 (`std` of torch, over
-  n - 1). A group whose rewards are all equal gets exact zeros, also where the mean of equal numbers is rounded.
+  n - 1). A group whose rewards are all equal gets exact zeros, also where the mean of equal numbers is rounded; a group
+  whose rewards differ, however little, does not.
 - `kl_estimate(log_probs, reference_log_probs)`: for tokens that were drawn from π, an estimate of KL(π ‖ π_ref), one
   number for each: with q/p = π_ref(token) / π(token) it is q/p - log(q/p) - 1. Its mean over π is the divergence
-  exactly, and it is never negative.
+  exactly, and it is never negative. Gradients reach log_probs, for it becomes a part of the loss.
 - `grpo_loss(log_probs, old_log_probs, advantages, mask, clip, kl, reduction)`: log_probs and old_log_probs (B, T), of
   each token now and when it was drawn; advantages (B,), one for all tokens of an answer. Each token's loss is
 
@@ -114,7 +115,7 @@ def advantages(draw: Draw):
     expect(group_advantages(rewards, size), by_hand(rewards, size, True), case, slips, "the advantages")
 
 
-@EXERCISE.property("a group that agrees has exact zeros, whatever it agrees on")
+@EXERCISE.property("a group that agrees has exact zeros, whatever it agrees on, and no other group has")
 def agreeing(draw: Draw):
     for reward in (0.0, 1.0, 0.1, draw.number(0.01, 0.99)):
         other = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0])
@@ -124,9 +125,15 @@ def agreeing(draw: Draw):
             found = group_advantages(rewards, 7, normalize)
             slip = {"where all rewards of a group are equal, set 0: the rounded mean is not": rewards - rewards.mean()}
             expect(found[:7], torch.zeros(7), case, slip, "the advantages of the group that agrees", 0)
+    for apart in (1e-3, 1e-7):
+        rewards = 1 + apart * torch.tensor([0.0, 1.0, 0.0, 1.0]).double()
+        case = {"rewards": "0 and 1 in turn, times the difference, plus 1", "difference": apart, "normalize": False}
+        slip = {"rewards that are close are not equal: only where all are equal, set 0": torch.zeros(4).double()}
+        wanted = by_hand(rewards, 2, False)
+        expect(group_advantages(rewards, 2, False), wanted, case, slip, "the advantages of close rewards", 1e-6)
 
 
-# The leash
+# The divergence
 
 
 @EXERCISE.property("kl_estimate: q/p - log(q/p) - 1 of every token, and 0 where both models agree")
@@ -155,6 +162,20 @@ def exact_mean(draw: Draw):
         case = {"log p": p, "log q": q}
         expect((p.exp() * found).sum(), (p.exp() * (p - q)).sum(), case, what="Σ p · estimate")
         expect(found.clamp(max=0), torch.zeros_like(p), case, what="what is negative among the estimates")
+
+
+@EXERCISE.property("kl_estimate: its gradient is 1 - q/p, which pulls the model back to the reference")
+def gradient_of_the_estimate(draw: Draw):
+    for most in SIZES:
+        p, q = (-draw.normal(most).abs() for _ in range(2))
+        leaf = p.clone().requires_grad_()
+        (found,) = torch.autograd.grad(kl_estimate(leaf, q).sum(), leaf, allow_unused=True)
+        case = {"log_probs": p, "reference_log_probs": q}
+        slips = {
+            "q/p is cut off from the gradient": torch.ones_like(p),
+            "log(q/p) is cut off from the gradient": -(q - p).exp(),
+        }
+        expect(found, 1 - (q - p).exp(), case, slips, "the gradient of the estimates' sum")
 
 
 # The loss
@@ -212,7 +233,7 @@ def clipped_loss(draw: Draw):
     expect(grpo_loss(new, old, A), token_losses(new, old, A, 0.2).mean(), case, slips, "the loss")
 
 
-@EXERCISE.property("grpo_loss: only tokens with mask 1 count, and the mean is over these")
+@EXERCISE.property("grpo_loss: only tokens with mask 1 count, and the mean or the sum is over these")
 def masked(draw: Draw):
     for most in SIZES:
         new, old, A = draw_tokens(draw, most)
@@ -220,17 +241,18 @@ def masked(draw: Draw):
         mask[0, 0], mask[-1, -1] = 1, 0
         each = token_losses(new, old, A, 0.2)
         case = {"log_probs": new, "old_log_probs": old, "advantages": A, "mask": mask}
-        slips = {
-            "the mean is over the tokens that count, not over all": (each * mask).mean(),
-            "the mask is left out": each.mean(),
-            "the mask is the wrong way round: 1 counts": each[mask == 0].mean(),
-            "the mean is over all tokens of the batch, not first over each answer": (
-                (each * mask).sum(1) / mask.sum(1).clamp(min=1)
-            ).mean(),
-        }
-        for kind in (mask, mask.bool()):
-            about = {**case, "mask of": str(kind.dtype)}
-            expect(grpo_loss(new, old, A, kind), each[mask == 1].mean(), about, slips, "the loss")
+        answers = (each * mask).sum(1) / mask.sum(1).clamp(min=1)
+        for reduction, reduce in (("mean", torch.mean), ("sum", torch.sum)):
+            slips = {
+                "the mean is over the tokens that count, not over all": (each * mask).mean(),
+                "the mask is left out": reduce(each),
+                "the mask is the wrong way round: 1 counts": reduce(each[mask == 0]),
+                "the mean is over all tokens of the batch, not first over each answer": reduce(answers),
+            }
+            for kind in (mask, mask.bool()):
+                about = {**case, "mask of": str(kind.dtype), "reduction": reduction}
+                found = grpo_loss(new, old, A, kind, reduction=reduction)
+                expect(found, reduce(each[mask == 1]), about, slips, "the loss")
 
 
 @EXERCISE.property("grpo_loss: kl is added to every token's loss, as it is")
@@ -241,14 +263,20 @@ def with_penalty(draw: Draw):
         mask[0, -1] = 0
         each = token_losses(new, old, A, 0.2)
         case = {"log_probs": new, "old_log_probs": old, "advantages": A, "mask": mask, "kl": kl}
-        slips = {
-            "kl is left out": each[mask == 1].mean(),
-            "kl is added to the loss, not subtracted": (each - kl)[mask == 1].mean(),
-            "kl is masked like the rest": each[mask == 1].mean() + kl.mean(),
-            "kl is added once a token, not summed over the batch": each[mask == 1].mean() + kl[mask == 1].sum(),
-        }
-        found = grpo_loss(new, old, A, mask, 0.2, kl)
-        expect(found, (each + kl)[mask == 1].mean(), case, slips, "the loss")
+        for reduction, reduce in (("mean", torch.mean), ("sum", torch.sum)):
+            plain, penalty = reduce(each[mask == 1]), kl[mask == 1]
+            slips = {
+                "kl is left out": plain,
+                "kl is added to the loss, not subtracted": plain - reduce(penalty),
+                "kl is masked like the rest": plain + reduce(kl),
+                "kl is added once a token, not summed over the batch": reduce((each + penalty.sum())[mask == 1]),
+            }
+            about = {**case, "reduction": reduction}
+            policy, leaf = new.clone().requires_grad_(), kl.clone().requires_grad_()
+            found = grpo_loss(policy, old, A, mask, 0.2, leaf, reduction)
+            expect(found, plain + reduce(penalty), about, slips, "the loss")
+        (found,) = torch.autograd.grad(found, leaf, allow_unused=True)
+        expect(found, mask, about, None, "the gradient of kl")
 
 
 @EXERCISE.property("on policy the gradient is that of REINFORCE, -A at every token; beyond the clip there is none")
@@ -261,7 +289,12 @@ def gradients(draw: Draw):
         wanted = -A[:, None].expand_as(old)
         slips = {"the gradient goes the wrong way: what is better than its group must become likelier": -wanted}
         expect(found, wanted, case, slips, "the gradient")
-        far = (old + torch.where(A > 0, 1.0, -1.0)[:, None]).requires_grad_()  # each pushed beyond its bound
+        far = old + torch.where(A > 0, 1.0, -1.0)[:, None]  # each pushed beyond its bound
+        far[:, 0] = old[:, 0]
+        far.requires_grad_()
         (found,) = torch.autograd.grad(grpo_loss(far, old, A, reduction="sum"), far, allow_unused=True)
-        case = {"log_probs": far.detach(), "old_log_probs": old, "advantages": A}
-        expect(found, torch.zeros_like(old), case, None, "the gradient beyond the clip")
+        case = {"log_probs, beyond the clip but for the first of each answer": far.detach()}
+        case |= {"old_log_probs": old, "advantages": A}
+        wanted = torch.cat([-A[:, None], torch.zeros_like(old[:, 1:])], 1)
+        slips = {"nothing is clipped": -A[:, None] * (far.detach() - old).exp()}
+        expect(found, wanted, case, slips, "the gradient")
