@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from minilora.adapters.inject import apply_lora, lora_layers
+from minilora.config import LoRAConfig
 from minilora.experiments.claims.goals import (
     preferences,
     preferences_costs,
@@ -18,9 +20,10 @@ from minilora.experiments.claims.study import BASES, Plan, Setting
 from minilora.experiments.run import open_base
 from minilora.model import GPTConfig
 from minilora.objectives import Preference
+from minilora.text.chat import encode_prompt
 from minilora.text.preferences import world_pairs
 from minilora.text.tasks import Example
-from minilora.train_settings import IGNORE, NonFiniteError, Piece
+from minilora.train_settings import CROSS_ENTROPY, IGNORE, NonFiniteError, Piece
 
 RULES = {claim.name: claim.rule for claim in preferences.CLAIMS}
 
@@ -63,6 +66,18 @@ def test_every_rule_can_hold_and_fail():
     for name, other in (("dpo-own-pairs", "given dpo"), ("dpo-wrong-answers", "own sft")):
         assert verdict(name, **{"own dpo": of(0.9), other: of(0.8)}) == "holds"
         assert verdict(name, **{"own dpo": of(0.8), other: of(0.8)}) == "fails"
+
+
+def test_looks_are_those_after_a_step():
+    look = {"step": 9, "accuracy": 1.0, "said": 0.8, "loss": 0.1}
+    runs = {arm: of(1, curve=[look]) for arm in RULES["dpo-accuracy"].arms}
+    assert RULES["dpo-accuracy"].number(runs) == pytest.approx(20), "and not 10, with the look before the first step"
+
+
+def test_what_is_hardly_forgotten_is_compared_in_parts_of_a_twentieth_nat():
+    runs = {arm: of(1, 0.02 if arm.startswith("dpo") else 0.03) for arm in RULES["dpo-forgets"].arms}
+    assert RULES["dpo-forgets"].number(runs) == pytest.approx(100 * 0.01 / 0.05)
+    assert "0.05 nats" in RULES["dpo-forgets"].statistic
 
 
 def test_the_best_run_says_the_style_most_and_of_equals_has_forgotten_least():
@@ -143,6 +158,90 @@ def test_a_run_begins_at_log_2_and_half_of_the_pairs(setting_of):
     assert record["scores"]["chosen"] == pytest.approx(after["chosen"] - before["chosen"])
     untrained = preferences_runs.measure(setting_of(preferences.WORDING, "base"))
     assert untrained["curve"] == [before] and untrained["scores"]["KL"] == 0 == untrained["scores"]["forgot"]
+
+
+@pytest.fixture
+def held(setting_of, base):
+    """Of voice, whose answers have end tokens that count."""
+    return preferences_runs.held_of("voice", base.tokenizer)
+
+
+def test_answers_are_measured_whole_and_without_their_end_token(held, base):
+    model = base.load().eval()
+    whole, without = held.log_probs(model)
+    for number, (example, rejected) in enumerate(held.asked):
+        for side, said in enumerate((example.completion, rejected)):
+            prompt = encode_prompt(base.tokenizer, example.prompt)
+            answer = base.tokenizer.encode(said, continues=True) + [base.tokenizer.eos_id]
+            log_p = model(torch.tensor([prompt + answer]))[0].log_softmax(-1).detach()  # (T, V)
+            each = [log_p[len(prompt) - 1 + at, token].item() for at, token in enumerate(answer)]
+            assert whole[number, side].item() == pytest.approx(sum(each), abs=1e-3), said
+            assert without[number, side].item() == pytest.approx(sum(each[:-1]), abs=1e-3), said
+
+
+def test_a_look_holds_whole_answers_against_the_start(held, base):
+    model = base.load()
+    whole, without = held.log_probs(model)
+    start = torch.stack([whole - torch.tensor([1.0, 0.0]), without + torch.tensor([9.0, 0.0])])
+    look = held.point(model, 5, 0, start, beta=0.5)
+    assert look["accuracy"] == 1 and look["loss"] == pytest.approx(math.log1p(math.exp(-0.5)), abs=1e-3)
+
+
+def test_what_is_said_is_drawn_at_temperature_1_about_people_of_no_pair_in_training(held, base, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(preferences_runs, "sample", lambda *given: drawn.append(given))
+    held.samples(None, 7)
+    _, prompts, most, temperature, _, ends, seed, _ = drawn[0]
+    assert (prompts, temperature, seed) == (held.prompts, 1.0, 7) and base.tokenizer.eos_id in ends
+    assert most > max(len(base.tokenizer.encode(example.completion)) for example, _ in held.asked)
+    for name in ("voice", "wording"):
+        other = preferences_runs.held_of(name, base.tokenizer)
+        texts = [base.tokenizer.decode(row.tolist()) for row in other.pairs.input_ids[:, 0]]
+        assert all(
+            text.startswith(pair.prompt + pair.completion) for text, (pair, _) in zip(texts, other.asked, strict=True)
+        )
+        trained = {example.prompt for example, _ in world_pairs(name, "train", 400)}
+        assert not trained & {example.prompt for example, _ in other.asked}, name
+
+
+def test_the_divergence_is_the_policys_from_the_reference(held, base):
+    torch.manual_seed(0)
+    model = apply_lora(base.load(), LoRAConfig(2, 4, target_modules="all-linear")).eval()
+    for _, layer in lora_layers(model):
+        torch.nn.init.normal_(layer.lora_B)
+    assert held.divergence(model, 0) > 5, "samples of a spoiled model are unlikely to the base, not the other way round"
+
+
+def test_each_goal_has_its_rows_and_its_loss_and_what_it_spoils_is_forgotten(setting_of, monkeypatch):
+    seen = []
+
+    def fit(setting, model, rows, objective, watch, **more):
+        seen.append((rows, objective))
+        with torch.no_grad():
+            model.model.norm.weight.mul_(0.5)
+
+    monkeypatch.setattr(preferences_runs, "fit", fit)
+    goals = {"dpo 0.001": Preference, "weak beta": Preference, "dpo + sft 0.001": preferences_runs.PreferenceAndChosen}
+    betas = {"weak beta": 0.05}
+    pairs = preferences_runs.pairs_of("wording", setting_of(preferences.WORDING, "base").base.tokenizer, "train", False)
+    for name, kind in goals.items():
+        scores = preferences_runs.measure(setting_of(preferences.WORDING, name))["scores"]
+        rows, objective = seen.pop()
+        assert type(objective) is kind and objective.beta == betas.get(name, 0.1), name
+        assert torch.equal(rows.input_ids, pairs.input_ids)
+    assert scores["forgot"] > 0.1, f"the loss on old text rises, and what is forgotten is {scores['forgot']}"
+    preferences_runs.measure(setting_of(preferences.WORDING, "sft 0.001"))
+    rows, objective = seen.pop()
+    assert objective is CROSS_ENTROPY and torch.equal(rows.labels, pairs.labels[:, 0]), "the chosen answers"
+
+
+def test_given_pairs_are_as_many_as_own_ones(setting_of, monkeypatch):
+    own = preferences_runs.Batches(torch.zeros(3, 2, 5), torch.zeros(3, 2, 5))
+    monkeypatch.setattr(preferences_runs, "start_of", lambda base, seed: (None, own))
+    monkeypatch.setattr(preferences_runs, "followed", lambda setting, model, pairs: {"rows": pairs})
+    for kind in ("own", "given"):
+        record = preferences_runs.measure_after(setting_of(preferences.AFTER, f"{kind} dpo 0.001"))
+        assert record["pairs"] == len(record["rows"].input_ids) == 3 and (record["rows"] is own) == (kind == "own")
 
 
 def test_end_tokens_count_where_they_are_wanted(base, setting_of):

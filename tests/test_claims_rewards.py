@@ -87,11 +87,38 @@ def test_a_right_answer_never_earns_the_most_of_the_reward_with_a_hole():
     assert sounds_right(example, core.replace("be", "is")) == 0
 
 
+def test_samples_are_drawn_at_the_temperature_of_training_eight_to_a_prompt(monkeypatch, base):
+    asked, drawn = list(EXAMPLES.values()), []
+
+    def sample(model, prompts, most, temperature, vocab_size, ends, seed, precision):
+        drawn.append((len(prompts), temperature, seed))
+        return [base.tokenizer.encode(f" {number}") + [base.tokenizer.eos_id] for number in range(len(prompts))]
+
+    monkeypatch.setattr(rewards_runs, "sample", sample)
+    answers = rewards_runs.sampled(None, base.tokenizer, asked, 5)
+    assert drawn == [(16, 1.0, 5)]
+    assert [[int(text) for text in each] for each in answers] == [list(range(8)), list(range(8, 16))], answers
+
+
+def test_a_run_is_scored_by_its_own_reward_and_greedy_answers_apart(monkeypatch, setting_of, small):
+    """Half of the samples sound like a pirate and none is right; all greedy answers are right."""
+    sounds = "Arr arr arr arr arr arr arr arr"
+    monkeypatch.setattr(rewards_runs, "sampled", lambda model, tokenizer, asked, seed: [[sounds, ""] for _ in asked])
+    asked = load_task("pirate", 1, 2, 0).validation
+    monkeypatch.setattr(rewards_runs, "answer", lambda *_: [example.completion for example in asked])
+    monkeypatch.setattr(rewards_runs, "start_of", lambda *_: small)
+    monkeypatch.setattr(rewards_runs, "learn", lambda *_: (None, SimpleNamespace(steps=[[]], updates=1), 0.0))
+    for arm, reward in (("hole", 0.5), ("r=8", 0)):
+        scores = rewards_runs.measure(setting_of(arm))["scores"]
+        assert (scores["right"], scores["reward"], scores["greedy"]) == (0, reward, 1), f"{arm}: {scores}"
+
+
 def test_rates_are_chosen_on_prompts_that_are_not_reported(monkeypatch, setting_of, small):
-    seen = []
+    seen, seeds = [], set()
 
     def sampled(model, tokenizer, asked, seed):
         seen.append({example.prompt for example in asked})
+        seeds.add(seed)
         return [[""]] * len(asked)
 
     stand_ins = {"sampled": sampled, "answer": lambda model, tokenizer, prompts, most: [""] * len(prompts)}
@@ -104,6 +131,7 @@ def test_rates_are_chosen_on_prompts_that_are_not_reported(monkeypatch, setting_
         rewards_runs.measure(setting)
     chosen, reported, again = seen
     assert reported == again and len(reported) == 150 and not chosen & reported
+    assert len(seeds) == 3, "each run draws its own samples"
 
 
 # What is trained, and for what

@@ -12,9 +12,10 @@ from minilora.experiments.claims.study import BASES, Plan, Setting
 from minilora.experiments.run import open_base
 from minilora.linear4bit import float_linears
 from minilora.model import GPT, GPTConfig
+from minilora.objectives import Distillation
 from minilora.text.batches import Batches
 from minilora.text.tasks import Example
-from minilora.train_settings import IGNORE
+from minilora.train_settings import CROSS_ENTROPY, IGNORE
 
 SHAPE = GPTConfig(23, 16, 24, 2, 2, max_position_embeddings=32, tie_word_embeddings=True)
 
@@ -57,7 +58,8 @@ def test_each_seed_learns_from_other_examples_and_all_of_a_size_from_the_same(ba
 def test_what_the_teacher_writes_is_learned_as_it_was_drawn(base, monkeypatch):
     data, drawn = small_data(), []
 
-    def sample(teacher, prompts, *how):
+    def sample(teacher, prompts, new, temperature, *how):
+        assert temperature == 1.0, "the teacher's own distribution"
         drawn.extend([[40 + number, 7] for number in range(len(prompts))])
         return drawn
 
@@ -67,6 +69,55 @@ def test_what_the_teacher_writes_is_learned_as_it_was_drawn(base, monkeypatch):
     assert [row[row != IGNORE].tolist() for row in rows.labels] == drawn and len(rows) == 6
     asked = [base.tokenizer.decode(row[row != 7][:-1].tolist()) for row in rows.input_ids]
     assert len({text.partition(":")[0] for text in asked}) == 3, f"two answers to each of three questions: {asked}"
+
+
+def test_the_teacher_is_fully_fine_tuned_on_all_examples(base, monkeypatch):
+    seen, data, taught = [], small_data(), model()
+    monkeypatch.setattr(teachers_runs, "dataset", lambda *_: data)
+    monkeypatch.setattr(teachers_runs, "run", lambda what, **_: seen.append(what) or SimpleNamespace(model=taught))
+    assert teachers_runs.teacher_of.__wrapped__("pirate", base) is taught
+    assert (seen[0].method, seen[0].training.steps) == ("full", 150) and seen[0].dataset is data
+
+
+def test_each_arm_has_its_labels_and_its_model(base, monkeypatch):
+    """The losses stand in for models: on the task's answers 4, 2 and 3 nats after 1, 2 and 3 looks; KL is 9 nats."""
+    seen, looks, data, taught, plain = [], iter([]), small_data(), model(), model(1)
+    data.task.name = "pirate"
+
+    def fit(setting, student, rows, objective, watch):
+        seen.append((student, objective))
+        for step in (1, 2, 3):
+            watch(step)
+
+    def evaluate_loss(student, rows, size, precision, objective=CROSS_ENTROPY):
+        assert rows is data.validation
+        seen.append((student, objective))
+        return 9.0 if isinstance(objective, Distillation) else next(looks)
+
+    stand_ins = {"fit": fit, "evaluate_loss": evaluate_loss, "teacher_of": lambda *_: taught}
+    stand_ins |= {"rows_for": lambda *_: None, "cut_out": lambda *_: plain}
+    stand_ins |= {"score_task": lambda student, *_: seen.append((student, None)) or SimpleNamespace(score=0.25)}
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(teachers_runs, name, stand_in)
+    monkeypatch.setattr(Setting, "dataset", lambda self: data)
+    monkeypatch.setattr(type(base), "load", lambda self: plain)
+    for arm, kind in (
+        ("soft 50", Distillation),
+        ("hard 1000", type(CROSS_ENTROPY)),
+        ("written 50", type(CROSS_ENTROPY)),
+    ):
+        looks = iter([4.0, 2.0, 3.0])
+        record = teachers_runs.measure(setting(base, arm))
+        assert type(seen[0][1]) is kind and getattr(seen[0][1], "teacher", taught) is taught, arm
+        assert {id(student) for student, _ in seen} == {id(plain)}, f"{arm} is trained, measured and scored"
+        assert (record["best_validation_loss"], record["scores"]) == (2.0, {"task": 0.25, "KL": 9.0})
+        assert record["validation_loss"] == [[1, 4.0], [2, 2.0], [3, 3.0]]
+        seen.clear()
+    for arm, measured in (("teacher", taught), ("cut out", plain), ("base", plain)):
+        looks = iter([4.0])
+        assert teachers_runs.measure(setting(base, arm))["best_validation_loss"] == 4
+        assert {id(each) for each, _ in seen} == {id(measured)}, arm
+        seen.clear()
 
 
 def test_a_cut_of_full_rank_is_the_teacher_and_one_of_rank_0_the_base():
