@@ -340,6 +340,17 @@ def test_one_seed_decides_nothing(book):
     assert ledger.finding(ledger.CLAIMS["dora"], case) is None
 
 
+def test_two_seeds_of_each_arm_decide_nothing_unless_they_are_the_same(monkeypatch):
+    """As while two processes make the runs of a study."""
+    records = {seed: {"scores": {"right": 0.5}} for seed in range(3)}
+    claim, (case,) = ledger.CLAIMS["rl-rank-1"], ledger.find("rl-rank-1")
+    for other, decided in (((1, 2), False), ((2, 0), True)):
+        seeds = {"r=1": (0, 2), "linears": other}
+        stored = {arm: {seed: records[seed] for seed in each} for arm, each in seeds.items()}
+        monkeypatch.setattr(ledger, "reported", lambda study, scale, stored=stored: stored)
+        assert (ledger.finding(claim, case) is not None) == decided, f"seeds 0 and 2 beside {other}"
+
+
 def test_a_scale_is_asked_for_alone(book, monkeypatch):
     two = Study("small", "made up", ARMS, {"tiny": Plan("json", 7, 3, 1), "smollm2": Plan("json", 7, 2, 1)})
     monkeypatch.setattr(ledger, "STUDIES", {"small": two})

@@ -67,8 +67,12 @@ class Rule:
             return f"an exact number: holds if it lies {yes} {bar}, fails if it lies {no}"
         return f"holds if the 90 % interval lies {yes} {bar}, fails if it lies {no}, and is open in between"
 
+    def seeds(self, runs: Runs) -> list[int]:
+        """Those of which every arm has a run."""
+        return sorted(set.intersection(*(set(runs[arm]) for arm in self.arms)))
+
     def decide(self, runs: Runs) -> Finding:
-        seeds = sorted(set.intersection(*(set(runs[arm]) for arm in self.arms)))
+        seeds = self.seeds(runs)
         numbers = [self.number({arm: runs[arm][seed] for arm in self.arms}) for seed in seeds]
         low, number, high = (numbers[0],) * 3 if self.exact else interval(numbers)
         above, below = low > self.bar, high < self.bar

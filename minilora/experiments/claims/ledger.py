@@ -108,9 +108,9 @@ def reported(study: Study, scale: str) -> Runs:
 
 
 def finding(claim: Claim, case: Case) -> Finding | None:
-    """The verdict from what is stored; None before there are two seeds of each arm, or one for an exact number."""
+    """The verdict from what is stored; None before all arms have two seeds in common, or one for an exact number."""
     runs, least = reported(case.study, case.scale), 1 if claim.rule.exact else 2
-    return claim.rule.decide(runs) if min(len(runs[arm]) for arm in claim.rule.arms) >= least else None
+    return claim.rule.decide(runs) if len(claim.rule.seeds(runs)) >= least else None
 
 
 def run_named(
