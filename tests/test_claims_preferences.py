@@ -298,11 +298,22 @@ def test_a_reference_by_switching_off_costs_no_memory_and_a_second_model_its_wei
     assert above["second model"] == pytest.approx(above["adapter off"] + 100), above
 
 
-def test_times_are_those_of_three_kinds_of_steps(base):
+def test_times_are_those_of_three_kinds_of_steps(base, monkeypatch):
     plan = replace(preferences.TIME.plans["tiny"], settings={"rounds": 1, "pairs": 2})
     arm = preferences.TIME.arms["steps"]
     scores = preferences_costs.time_of_a_step(Setting(base, plan, arm, None, 0))["scores"]
     assert set(scores) == {"beforehand", "adapter off"} and min(scores.values()) > 20
+    rows = {}
+    monkeypatch.setattr(preferences_costs, "training_step", lambda model, optimizer, *step: step)
+    monkeypatch.setattr(
+        preferences_costs,
+        "ratios_in_turn",
+        lambda actions, *_: rows.update({name: action() for name, action in actions.items()}) or {},
+    )
+    preferences_costs.time_of_a_step(Setting(base, plan, arm, None, 0))
+    assert rows["sft"][0].shape == (4, rows["beforehand"][0].shape[2]), "as many rows of as many tokens"
+    known = {name: len(step[-1]) for name, step in rows.items()}
+    assert known == {"sft": 0, "beforehand": 1, "adapter off": 0}, "the reference alone is computed beforehand"
 
 
 def test_the_figure_shows_every_rate_and_what_the_pairs_say():
