@@ -51,7 +51,7 @@ def lost_by_lowest_loss(names: Names, bar: float = 10) -> Rule:
 
 def chosen_rises(names: Names, bar: float = 0) -> Rule:
     words = "by how much the log-probability of a held-out chosen answer, without its end token, rises until the last "
-    words += "step, at the rate of four that says the chosen style most"
+    words += "step, at the rate of four that says the chosen style most, of equals at the one that has forgotten least"
     return Rule(names, words, lambda runs: best(runs, names)["scores"]["chosen"], bar, "nats")
 
 
@@ -61,7 +61,8 @@ def forgets_less(names: Names, than: Names, bar: float = 20) -> Rule:
         return 100 * (other - mine) / max(other, mine, 0.05)
 
     words = "by how much less the loss on old text rises with DPO than with supervised training on the chosen answers, "
-    return Rule((*names, *than), words + "percent of the larger rise, each at its best rate", number, bar)
+    words += "percent of the larger rise, or of 0.05 nats where it is smaller, each at its best rate"
+    return Rule((*names, *than), words, number, bar)
 
 
 def strays_less(arm: str, than: str, bar: float = 20) -> Rule:
