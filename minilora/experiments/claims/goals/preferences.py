@@ -103,7 +103,7 @@ TIME = Study(
 )
 
 RAFAILOV, OFTEN = "Rafailov et al. 2023, arXiv:2305.18290", "often said"
-BEST = "of each goal the best of three or four rates is taken seed by seed, which flatters all alike"
+BEST = "of each goal the best of its rates is taken seed by seed, by the very samples that count"
 SMALL = "50 steps and 400 pairs on a base of 3 million parameters; the pairs are exact, no one is of two minds on them"
 CLAIMS = [
     Claim(
@@ -112,8 +112,9 @@ CLAIMS = [
         f"{RAFAILOV}, as it is often retold",
         says(OF["dpo"]),
         (VOICE, WORDING),
-        "no one starts DPO from a base that never speaks so, and says the plain statement as rarely: the paper trains "
-        "on the chosen answers first. " + SMALL,
+        "samples at temperature 1 count: on wording the likeliest answer is in the style always. And no one starts DPO "
+        "from a base that, as on voice, never speaks so and says the plain statement as rarely: the paper trains on "
+        "the chosen answers first. " + SMALL,
     ),
     Claim(
         "dpo-accuracy",
@@ -129,7 +130,8 @@ CLAIMS = [
         f"{OFTEN}; the default of trainers that load the best model at the end",
         lost_by_lowest_loss(OF["dpo"]),
         (WORDING,),
-        "the rate is chosen by that loss too, and not the step alone",
+        "the rate is chosen by that loss too, and not the step alone: within a run it costs 0 and 2 points at the two "
+        "lower rates, 73 and 55 at the two higher",
     ),
     Claim(
         "dpo-likelihood",
@@ -137,7 +139,8 @@ CLAIMS = [
         f"{RAFAILOV}, section 4; against it Pal et al. 2024, arXiv:2402.13228, and Razin et al. 2024, arXiv:2410.08847",
         chosen_rises(OF["dpo"]),
         (VOICE, WORDING),
-        "from -130 nats an answer can rise by a hundred and still never be said",
+        "the rate at which the style is said most is one at which it became likelier: on wording chosen answers fall "
+        "by 10 to 15 nats at the two higher rates. On voice they rise by 71 at the highest, to -62, and none is said",
     ),
     Claim(
         "dpo-sft-term",
@@ -161,7 +164,7 @@ CLAIMS = [
         OFTEN,
         forgets_less(OF["dpo"], OF["sft"]),
         (WORDING,),
-        "after as many steps, and not where both have learned as much; " + BEST,
+        "after as many steps, and not where both have learned as much; both forget less than 0.05 nats; " + BEST,
     ),
     Claim(
         "dpo-beta",
@@ -169,7 +172,8 @@ CLAIMS = [
         f"{RAFAILOV}, section 3: beta controls the deviation from the reference",
         strays_less("strong beta", "weak beta"),
         (VOICE, WORDING),
-        "50 steps: beta decides where training ends, and Adam, which divides by the gradient's size, decides how fast",
+        "50 steps: beta decides where training ends, and Adam, which divides by the gradient's size, decides how fast. "
+        "At this rate a beta of 0.1 ends in gibberish on wording, 67 nats from the reference",
         bars(["KL"], "divergence from the reference (nats an answer)"),
     ),
     Claim(
@@ -180,7 +184,7 @@ CLAIMS = [
         (AFTER,),
         "own samples are right in every word or wrong; given pairs differ in style alone, which the start knows. They "
         "gain nothing at any of three rates (40 % at the start, 41 % at best), and supervised training on their chosen "
-        "answers gains most of all, 73 %",
+        "answers gains most of all, 76 %",
     ),
     Claim(
         "dpo-wrong-answers",

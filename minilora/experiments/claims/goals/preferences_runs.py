@@ -124,7 +124,9 @@ class Held:
         margin = (whole - reference)[:, 0] - (whole - reference)[:, 1]
         said = self.shares([text_of(ids, self.tokenizer) for ids in self.samples(model, seed)])
         found = {
-            "accuracy": ((margin > 0).float() + (margin == 0) / 2).mean().item(),  # as TRL's rewards/accuracies
+            "accuracy": ((margin > 0).float() + (margin == 0) / 2)
+            .mean()
+            .item(),  # TRL's rewards/accuracies, but for ties
             "likelier": (whole[:, 0] > whole[:, 1]).float().mean().item(),
             "loss": dpo_loss(whole[:, 0], whole[:, 1], reference[:, 0], reference[:, 1], beta).item(),
             "chosen": without[:, 0].mean().item(),

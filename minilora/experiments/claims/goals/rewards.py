@@ -2,7 +2,7 @@
 
 GRPO without a critic on `pirate`, from a start that says it right in about four of ten samples: 40 steps of 8 prompts
 and 8 samples each, at temperature 1. "linears" is full fine-tuning of the layers that adapters are on. The start's
-likeliest answer is right already: what a reward can teach here is to waver less, and how many wordings that costs.
+likeliest answer is right already: a reward can only teach it to waver less, which costs wordings.
 """
 
 import math
@@ -67,8 +67,8 @@ CLAIMS = [
         'Schulman et al. 2025, "LoRA Without Regret"',
         more_right("r=1", "linears", "right", bar=-3),
         (REWARDS,),
-        "40 steps, and rank 1 still gains a point in five; the likeliest answer was right from the start. Room is not "
-        "what it lacks: 2,560 rewards are as many bits at most, and it stores about 17,000",
+        "after 40 steps rank 1 still gains a point in 5 steps; the likeliest answer was right from the start. Room is "
+        "not what it lacks: 2,560 rewards are as many bits at most, and it stores about 15,500, 0.76 a parameter",
         curves({"right": 1}, "share of samples that are right"),
     ),
     Claim(
@@ -111,8 +111,8 @@ CLAIMS = [
         ),
         (REWARDS,),
         "at the rate at which most samples are right, which need not be the one that keeps most: most wordings go in "
-        "the first ten steps. At a third of it 0.04 keeps 2.6 of 10, with 83 % right; "
-        "0.2 keeps 3.9, with 78 %",
+        "the first ten steps. At a third of it a weight of 0.04 keeps 2.6 of 10, with 83 % right; at its own best rate "
+        "a weight of 0.2 keeps 3.9, with 78 %",
         reward_against_diversity,
     ),
     Claim(
@@ -136,8 +136,9 @@ CLAIMS = [
             unit="points",
         ),
         (REWARDS,),
-        "a quarter of the samples. The rate with the clip was chosen by one run, and two seeds of five fail at it; at "
-        "a third of it tuning runs were right 72 % with the clip and 80 % without, and only the clip lived at 1e-2",
+        "four updates a rollout draw a quarter of the samples in as many steps. The rate with the clip was chosen by "
+        "one run, and two seeds of five collapse at it, to 50 % right; at a third of it tuning runs were right 72 % "
+        "with the clip and 80 % without, and at 1e-2 only a run with the clip survived",
         bars(["right"], "share of samples that are right"),
     ),
     Claim(
