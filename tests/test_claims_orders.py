@@ -155,6 +155,20 @@ def test_arms_differ_in_their_base_alone(base_folder, text):
     assert first == again and [step for step, _ in first["validation_loss"]] == [0, 2]
 
 
+def test_the_seed_decides_how_A_starts_and_which_rows_are_drawn(base_folder, text, monkeypatch):
+    seen = []
+
+    def train(model, rows, config, *more, **settings):
+        seen.append((config.seed, next(layer for _, layer in lora_layers(model)).lora_A.detach().clone()))
+        return SimpleNamespace(best_validation_loss=1.0, validation_loss=[])
+
+    monkeypatch.setattr(bits_runs, "train", train)
+    for seed in (3, 4):
+        bits_runs.measure(replace(in_bits(base_folder, "nf4"), seed=seed))
+    assert [seed for seed, _ in seen] == [3, 4], "the run's seed is not the setting's"
+    assert not torch.equal(seen[0][1], seen[1][1]), "A starts the same for both seeds"
+
+
 def test_loftqs_start_is_nearer_to_the_floats_than_rounding_alone(base_folder):
     bits_runs.loftq_start.cache_clear()
     original = dict(base_folder.load().named_parameters())
