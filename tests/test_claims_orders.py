@@ -91,6 +91,24 @@ def test_every_arm_trains_as_its_name_says(monkeypatch, base_folder, make_experi
     assert record["best_validation_loss"] == pytest.approx(evaluate_loss(base_folder.load(), data, 4, "float32"))
 
 
+def test_few_examples_are_others_for_each_seed_and_held_out_ones_the_same(monkeypatch, base_folder):
+    trained, validated, asked = [], [], []
+
+    def train(setting, data, **training):
+        trained.append(data.train.input_ids)
+        validated.append(data.validation.input_ids)
+        history = SimpleNamespace(best_validation_loss=1.0, validation_loss=[[60, 1.0]])
+        return SimpleNamespace(model=None, history=history)
+
+    monkeypatch.setattr(Setting, "train", train)
+    monkeypatch.setattr(orders, "share_right", lambda model, tokenizer, task, examples: asked.append(examples) or 0.5)
+    for seed in (0, 1):
+        orders.few_examples(replace(plain_of(orders.FEW, "lora", base_folder), seed=seed))
+    assert [len(rows) for rows in trained] == [25, 25] and [len(rows) for rows in validated] == [200, 200]
+    assert not torch.equal(*trained), "both seeds learn the same examples"
+    assert torch.equal(*validated) and asked[0] == asked[1] and len(asked[0]) == 200, "what is held out differs by seed"
+
+
 # Bases in few bits
 
 

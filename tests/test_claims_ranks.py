@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,6 +81,17 @@ def test_a_run_is_measured_at_its_best_and_at_its_end(small):
     assert "scores" not in ranks_runs.measure(small(seed=TUNING_SEED))
     untuned = ranks_runs.measure(small(Arm(None)))
     assert untuned["best_validation_loss"] == pytest.approx(record["validation_loss"][0][1])
+
+
+def test_where_the_loss_rises_again_the_last_is_not_the_best(small, monkeypatch):
+    """`last_validation_loss` decides which rate a few examples get, and what `rank-few` says."""
+    history = SimpleNamespace(
+        best_validation_loss=0.5, validation_loss=[[0, 2.0], [1, 0.5], [2, 1.5]], train_loss=[(1, 1.0), (2, 1.0)]
+    )
+    finished = SimpleNamespace(model=torch.nn.Linear(1, 1), history=history)
+    monkeypatch.setattr(Setting, "train", lambda setting, data, **training: finished)
+    record = ranks_runs.measure(small(seed=TUNING_SEED))
+    assert (record["best_validation_loss"], record["last_validation_loss"]) == (0.5, 1.5)
 
 
 def test_the_long_arm_makes_four_times_the_steps(small):
