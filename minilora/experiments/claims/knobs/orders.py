@@ -225,7 +225,7 @@ CLAIMS = [
         "With little data, weight decay of 0.1 gives a lower loss in the end.",
         "often said",
         "weight decay 0.1",
-        objection="AdamW takes rate times decay off a weight at each step, at 0.1 some percent in all; a decay of 1 is "
+        objection="AdamW takes rate times decay off a weight at each step, at 0.1 one percent in all; a decay of 1 is "
         "in the study",
     ),
 ]
