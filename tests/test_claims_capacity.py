@@ -126,6 +126,13 @@ def test_nothing_passes_from_one_seed_to_another(base, method):
     assert both[0]["parameters"] == 1280
 
 
+def test_each_seed_begins_with_an_adapter_of_its_own(base, monkeypatch):
+    begun, put_in = [], capacity_runs.put_in
+    monkeypatch.setattr(capacity_runs, "put_in", lambda *given: begun.append(list(given[-1])) or put_in(*given))
+    capacity_runs.trained(small(base, TUNING_SEED), [4, 7])
+    assert begun == [[4, 7]]
+
+
 def test_the_seeds_of_an_arm_are_trained_once_and_a_tuning_run_by_itself(base, monkeypatch):
     ran = []
 

@@ -89,9 +89,18 @@ def test_where_the_loss_rises_again_the_last_is_not_the_best(small, monkeypatch)
         best_validation_loss=0.5, validation_loss=[[0, 2.0], [1, 0.5], [2, 1.5]], train_loss=[(1, 1.0), (2, 1.0)]
     )
     finished = SimpleNamespace(model=torch.nn.Linear(1, 1), history=history)
-    monkeypatch.setattr(Setting, "train", lambda setting, data, **training: finished)
-    record = ranks_runs.measure(small(seed=TUNING_SEED))
+    seen = {}
+    monkeypatch.setattr(Setting, "train", lambda setting, data, **training: seen.update(training) or finished)
+    record = ranks_runs.measure(small(seed=TUNING_SEED, batch=32))
     assert (record["best_validation_loss"], record["last_validation_loss"]) == (0.5, 1.5)
+    assert seen == {"steps": 2, "batch_size": 32, "evaluations": 2}
+
+
+def test_commands_have_as_many_held_out_rows_as_the_study_says(base, monkeypatch):
+    """200, and not the 64 that they come with."""
+    monkeypatch.setattr(ranks_runs, "commands", lambda tokenizer, validation: validation)
+    plan = ranks.COMMANDS.plans["smollm2"]
+    assert ranks_runs.data_of(Setting(base, plan, TWO, 1e-3, 0)) == ranks_runs.HELD_OUT
 
 
 def test_the_long_arm_makes_four_times_the_steps(small):
