@@ -72,16 +72,21 @@ def before(base):
 
 
 def test_a_new_vector_is_one_that_is_large_enough_and_near_none_of_the_old(before):
-    """Rank 1 along the sum of all of W's left singular vectors, so far from each; and multiples of W itself."""
+    """Rank 1 along the sum of all of W's left singular vectors, so far from each; and W's own directions."""
     assert {name.split(".")[2] for name in before.W} == {"0"}, "with a stride of six, one block of six"
 
     def mixed(W, size: float):
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         return size * S[0] * torch.outer(U.sum(1), Vh.sum(0)) / len(S)
 
+    def raised(W):
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        return 10 * S[0] * torch.outer(U[:, 29], Vh[29])
+
     for what, change, low, high in (
         ("nothing", torch.zeros_like, 0, 0),
         ("W itself", lambda W: 3 * W, 0, 0),
+        ("W's 30th direction, which comes first then and is still one of W's", raised, 0, 0),
         ("rank 1, small", lambda W: mixed(W, 0.01), 0, 0.2),
         ("rank 1, large", lambda W: mixed(W, 10), 1, 1.2),
     ):
