@@ -105,6 +105,6 @@ def spend(energies: Mapping[str, Tensor], costs: Mapping[str, int], budget: int)
 def with_ranks(config: LoRAConfig, ranks: Mapping[str, int]) -> LoRAConfig:
     """The config for layers of these ranks, each with the scaling that `config` has: its alpha goes with its rank."""
     power = 0.5 if config.use_rslora else 1
-    pattern = {f"^{re.escape(name)}": r for name, r in ranks.items()}  # ^: no layer whose name ends so
+    pattern = {f"^{re.escape(name)}": r for name, r in ranks.items()}  # ^: the whole name, and not its end
     alphas = {key: config.lora_alpha * (r / config.r) ** power for key, r in pattern.items()}
     return replace(config, target_modules=list(ranks), rank_pattern=pattern, alpha_pattern=alphas)

@@ -3,7 +3,8 @@
     harbour green lamp  ->  seven old pond the          each word one of 1,024, all equally likely
 
 A word of a value is 10 bits, a value of 4 words 40. A key is given when its value is asked for and no two are alike, so
-keys cost nothing, nor does the order of the pairs. What a model knows of the values it has stored: nothing else tells.
+keys cost nothing, nor does the order of the pairs. Nothing but the row itself tells a value, so whatever a model knows
+of it, it has stored.
 """
 
 import random
@@ -20,7 +21,7 @@ KEY, VALUE = 3, 4  # words
 
 
 def words(tokenizer: AnyTokenizer) -> list[int]:
-    """The first 1,024 tokens that are a blank and two letters or more. ValueError for a tokenizer with fewer."""
+    """Ids of the first 1,024 tokens that are a blank and two letters or more. ValueError for a tokenizer with fewer."""
     found = [id for id in range(tokenizer.vocab_size) if re.fullmatch(" [A-Za-z]{2,}", tokenizer.decode([id]))]
     if len(found) < 2**BITS:
         raise ValueError(f"the tokenizer has {len(found)} words of its own; random pairs need {2**BITS}")
@@ -28,7 +29,10 @@ def words(tokenizer: AnyTokenizer) -> list[int]:
 
 
 def pairs(count: int, seed: int, tokenizer: AnyTokenizer) -> Batches:
-    """`count` rows, prefix key value, of which the loss counts the value: 40 bits each to learn."""
+    """`count` rows, each the tokenizer's prefix, a key and a value; the loss counts the value: 40 bits each to learn.
+
+    Raises ValueError as `words`.
+    """
     dice, known = random.Random(f"pairs {seed}"), words(tokenizer)
 
     def spelled(number: int, length: int) -> list[int]:

@@ -5,9 +5,10 @@
 All of it is measured on the rows that are trained on. Who knows which words can occur, and nothing else, has stored 0
 bits; an untrained base does not know that, and is below.
 
-A run is thousands of small steps, of which a GPU does three in the time of one. So the seeds of an arm are trained side
-by side on one frozen base, each adapter with rows of its own. Nothing passes from one to another: the loss is a sum
-over seeds, Adam works number by number, and gradients are not clipped by a norm that the seeds would share.
+A run is thousands of small steps, and a GPU takes no longer for those of three seeds at once than for those of one. So
+the seeds of an arm are trained side by side on one frozen base, each adapter with rows of its own. Nothing passes from
+one to another: the loss is a sum over seeds, Adam works number by number, and gradients are not clipped by a norm that
+the seeds would share.
 """
 
 import math
@@ -160,7 +161,7 @@ def recall(model: GPT, rows: Batches, seeds: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def when_rounded(model: GPT, rows: Batches, seeds: int) -> dict[str, Tensor]:
-    """The bits missing, by seed, when each number of the adapters is rounded to so many bits, and back afterwards."""
+    """The bits missing, by seed, with each number of the adapters rounded to so many bits. They are left whole."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kept, missing = [parameter.clone() for parameter in trainable], {}
     for name, digits in ROUNDED.items():
@@ -173,7 +174,8 @@ def when_rounded(model: GPT, rows: Batches, seeds: int) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def round_adapters(model: nn.Module, digits: int):
-    """16: to bfloat16. Fewer: to whole steps, as many up as down, with the largest number of a block at the end."""
+    """16 digits: to bfloat16. Fewer: to evenly spaced levels, 2^(digits - 1) - 1 on each side of zero and zero itself;
+    the outermost are at a block's largest magnitude."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.copy_(parameter.bfloat16() if digits == 16 else in_steps(parameter, 2 ** (digits - 1) - 1))
