@@ -102,6 +102,20 @@ def test_a_run_uses_the_ranks_that_it_stores(monkeypatch):
     assert set(automatic.measure(tuning)) == {"best_validation_loss", "validation_loss"}
 
 
+def test_each_seed_chooses_on_training_rows_of_its_own(monkeypatch):
+    base, seen = open_base(study.BASES["tiny"]), []
+    monkeypatch.setattr(
+        automatic, "gradient_energies", lambda model, batches: seen.append(torch.cat([ids for ids, _ in batches])) or {}
+    )
+    automatic.energies_of.cache_clear()
+    for seed in (0, 1):
+        automatic.energies_of(base, "dialect", seed)
+    automatic.energies_of.cache_clear()
+    train = {tuple(row) for row in study.dataset("dialect", base).train.input_ids.tolist()}
+    assert [len(rows) for rows in seen] == [automatic.ROWS] * 2 and not torch.equal(*seen)
+    assert all(tuple(row) in train for rows in seen for row in rows.tolist()), "held-out rows take part in the choice"
+
+
 def test_the_figures_show_means_over_seeds():
     ranks = [dict.fromkeys(automatic_figures.KINDS, [4, 6 * seed]) for seed in (0, 1)]
     by_seed = {seed: {"best_validation_loss": 0.5 + seed / 10, "ranks": ranks[seed]} for seed in (0, 1)}

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minilora.adapters.inject import lora_layers
+from minilora.adapters.inject import apply_lora, lora_layers
+from minilora.config import LoRAConfig
 from minilora.experiments.claims import ledger, study
 from minilora.experiments.claims.knobs import updates, updates_figures, updates_runs
 from minilora.experiments.claims.study import BASES, Setting
@@ -64,6 +65,18 @@ def test_a_shuffled_update_keeps_its_singular_values_and_none_of_its_directions(
         assert shared < 0.3, f"{shared:.2f} of the directions are as they were"
     assert torch.equal(turned, updates_runs.shuffled(change, 0))
     assert not torch.equal(turned, updates_runs.shuffled(change, 1))
+    signs = updates_runs.shuffled(torch.ones(20, 30), 0)
+    assert set(signs.unique().tolist()) == {-1, 1}
+    assert not signs.eq(signs[0]).all() and not signs.eq(signs[:, :1]).all(), "rows and columns get signs of their own"
+
+
+def test_the_directions_of_A_and_of_the_product_are_told_apart(base):
+    model = apply_lora(base.load(), LoRAConfig(r=2, lora_alpha=2, target_modules=["q_proj"]))
+    for _, layer in lora_layers(model):
+        layer.lora_A.data = torch.eye(2, 192) * torch.tensor([[3.0], [1.0]])  # A is longest along the first axis,
+        layer.lora_B.data = torch.eye(192, 2) * torch.tensor([1.0, 9.0])  # BA along the second: 3 and 9
+    first = {of: {V[0].abs().argmax().item() for V in found} for of, found in updates_runs.vectors(model, 1).items()}
+    assert first == {"A": {0}, "ΔW": {1}}
 
 
 @pytest.fixture(scope="module")
