@@ -278,6 +278,17 @@ def test_runs_of_another_plan_are_refused(book, tmp_path):
             ledger.stored(where, "tiny")
 
 
+def test_a_row_says_where_not_all_studies_were_run(book, monkeypatch):
+    claim = ledger.CLAIMS["dora"]
+    elsewhere = replace(claim.studies[0], name="elsewhere")
+    monkeypatch.setitem(ledger.CLAIMS, "dora", replace(claim, studies=(claim.studies[0], elsewhere)))
+    assert "**not run** |" in report.rows_of([ledger.CLAIMS["dora"]]), "nothing was run yet"
+    ledger.run_named("dora", seeds=2)
+    (ledger.FOLDER / "elsewhere.tiny.json").unlink()
+    rows = report.rows_of([ledger.CLAIMS["dora"]])
+    assert "**holds** (1 of 2 studies) | small, tiny | holds," in rows and "| elsewhere, tiny | not run |" in rows, rows
+
+
 def test_the_command_line(book, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["claims"]) == 0

@@ -58,6 +58,7 @@ class Rule:
     unit: str = "%"
     above: bool = True  # whether the claim says that the number lies above the bar, or below
     exact: bool = False  # a count, of which every seed would give the same: one run decides
+    signed: bool = True  # of several arms: whether the number is a difference, and not a ratio
 
     @property
     def words(self) -> str:
@@ -78,7 +79,7 @@ class Rule:
         above, below = low > self.bar, high < self.bar
         holds, fails = (above, below) if self.above else (below, above)
         verdict = "holds" if holds else "fails" if fails else "open"
-        difference = len(self.arms) > 1 and not self.exact and self.unit != "times"  # a ratio has no sign
+        difference = self.signed and len(self.arms) > 1 and not self.exact and self.unit != "times"
         return Finding(verdict, number, low, high, len(seeds), self.unit, difference)
 
 

@@ -68,9 +68,11 @@ def rows_of(claims: Iterable[Claim]) -> str:
     rows = ["| claim | verdict | study | the number that decides (90 % interval) | seeds, date |", "|---" * 5 + "|"]
     for claim in claims:
         said = f"`{claim.name}`: {claim.sentence} ({claim.source})"
+        cases = [(case, finding(claim, case)) for case in find(claim.name)]
         verdict = f"**{verdict_of(claim)}**"
-        for case in find(claim.name):
-            found = finding(claim, case)
+        if 0 < (done := sum(found is not None for _, found in cases)) < len(cases):
+            verdict += f" ({done} of {len(cases)} studies)"
+        for case, found in cases:
             number = f"{found.verdict}, {found.text()}" if found else "not run"
             runs = f"{found.seeds}, {last_date(case)}" if found else ""
             rows.append(f"| {said} | {verdict} | {case.title} | {number} | {runs} |")

@@ -108,6 +108,7 @@ CLAIMS = [
             "wordings of an answer in use with a weight of 0.04, percent of those of the start",
             kept_wordings,
             bar=50,
+            signed=False,
         ),
         (REWARDS,),
         "at the rate at which most samples are right, which need not be the one that keeps most: most wordings go in "

@@ -169,7 +169,7 @@ CLAIMS = [
     ),
     Claim(
         "auto-third",
-        "A third of the matrices, those on which the loss is steepest, at three times the rank, do as well as all.",
+        "A third of the matrices, where the loss is steepest, at nearly four times the rank, do as well as all.",
         "often said: adapt the layers that matter",
         no_worse("third", "uniform"),
         TASKS,

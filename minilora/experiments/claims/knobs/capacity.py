@@ -47,7 +47,7 @@ def density(run: Record) -> float:
 
 def densest(*arms: str, bar: float) -> Rule:
     words = f"bits stored per trained parameter, the highest of {', '.join(arms)}"
-    return Rule(arms, words, lambda runs: max(density(runs[each]) for each in arms), bar, "bits")
+    return Rule(arms, words, lambda runs: max(density(runs[each]) for each in arms), bar, "bits", signed=False)
 
 
 def evenly(*arms: str, bar: float = 75) -> Rule:
@@ -57,12 +57,18 @@ def evenly(*arms: str, bar: float = 75) -> Rule:
         found = [density(runs[each]) for each in arms]
         return 100 * min(found) / max(found)
 
-    return Rule(arms, f"bits per parameter, the lowest of {', '.join(arms)} in percent of the highest", number, bar)
+    return Rule(
+        arms,
+        f"bits per parameter, the lowest of {', '.join(arms)} in percent of the highest",
+        number,
+        bar,
+        signed=False,
+    )
 
 
 def as_much(one: str, than: str, bar: float) -> Rule:
     words = f"bits stored per trained parameter by {one}, in percent of {than}"
-    return Rule((one, than), words, lambda runs: 100 * density(runs[one]) / density(runs[than]), bar)
+    return Rule((one, than), words, lambda runs: 100 * density(runs[one]) / density(runs[than]), bar, signed=False)
 
 
 def kept(name: str, *arms: str, bar: float) -> Rule:
@@ -70,7 +76,7 @@ def kept(name: str, *arms: str, bar: float) -> Rule:
         return min(100 * runs[each]["rounded"][name] / runs[each]["scores"]["stored"] for each in arms)
 
     words = f"of the bits stored, percent left when the adapter is rounded to {name} after training, "
-    return Rule(arms, f"{words}the least of {', '.join(arms)}", number, bar)
+    return Rule(arms, f"{words}the least of {', '.join(arms)}", number, bar, signed=False)
 
 
 def overfull(many: str, *arms: str, bar: float = 90) -> Rule:
@@ -78,7 +84,7 @@ def overfull(many: str, *arms: str, bar: float = 90) -> Rule:
         return 100 * runs[many]["scores"]["stored"] / max(runs[each]["scores"]["stored"] for each in arms)
 
     words = f"bits stored of {many}, in percent of the most that is stored of {', '.join(arms)}"
-    return Rule((many, *arms), words, number, bar)
+    return Rule((many, *arms), words, number, bar, signed=False)
 
 
 def predicted(facts: str, pairs: str, bar: float = 25) -> Rule:
@@ -87,7 +93,7 @@ def predicted(facts: str, pairs: str, bar: float = 25) -> Rule:
         return 100 * abs(runs[facts]["scores"]["stored"] / expected - 1)
 
     words = f"bits that {facts} stores, their distance from bits per parameter of {pairs} times its parameters, "
-    return Rule((facts, pairs), f"{words}percent of the latter", number, bar, above=False)
+    return Rule((facts, pairs), f"{words}percent of the latter", number, bar, above=False, signed=False)
 
 
 ALLEN_ZHU = "Allen-Zhu and Li 2024, arXiv:2404.05405"
@@ -178,6 +184,7 @@ CLAIMS = [
             "facts that facts r=4 knows, word for word",
             lambda runs: 100 * runs["facts r=4"]["scores"]["right"],
             95,
+            signed=False,
         ),
         (CAPACITY,),
         "room is reckoned with what r=1 holds for each parameter, which r=8 does not reach: r=4 has twice the room "

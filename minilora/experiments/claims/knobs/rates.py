@@ -68,7 +68,7 @@ def product_law(bar: float) -> Rule:
         return 100 * math.log(best(runs[low]) / best(runs[high])) / math.log(ALPHAS[high] / ALPHAS[low])
 
     words = "the exponent e, times 100, in: the best rate goes as alpha to the power -e, from alpha 2 to 1024; "
-    return Rule(tuple(ALPHAS), words + "100 if the product of the two is all that counts", number, bar)
+    return Rule(tuple(ALPHAS), words + "100 if the product of the two is all that counts", number, bar, signed=False)
 
 
 def needs(runs: Mapping[str, Record], batch: str) -> float:
