@@ -20,7 +20,7 @@ def looks(runs: Runs, names: Names) -> list[Mapping]:
 
 def says(names: Names, bar: float = 90) -> Rule:
     words = "samples in the chosen style after the last step, at the best of four rates"
-    return Rule(names, words, lambda runs: 100 * best(runs, names)["scores"]["said"], bar)
+    return Rule(names, words, lambda runs: 100 * best(runs, names)["scores"]["said"], bar, signed=False)
 
 
 def says_more(names: Names, than: Names, words: str, bar: float) -> Rule:

@@ -152,6 +152,7 @@ CLAIMS = [
             lambda runs: 100 * runs["three kinds"]["scores"][LEFT_OUT],
             bar=10,
             above=False,
+            signed=False,
         ),
         (REWARDS,),
         "40 steps, about 640 samples of the kind; at a hundred times as many a lucky one may come",
