@@ -41,7 +41,6 @@ though σ(-1,000) is 0 in every floating-point format.""",
     ),
     question="Nothing in the loss asks that the chosen answer become likely. How can the loss fall to nearly nothing "
     "while the model finds the chosen answer less likely with every step, and where does the probability go?",
-    spoilers=("torch.testing.assert_close(dpo_loss",),
 )
 
 

@@ -48,7 +48,6 @@ gradient is -A ∇ log π.""",
     ),
     question="A group in which every answer is right gets no gradient at all. Is that a loss of information? And what "
     "does it mean for a prompt that the model never answers rightly?",
-    spoilers=("torch.testing.assert_close(grpo_loss", "torch.testing.assert_close(group_advantages"),
 )
 
 SIZES = (2, 3, 5)
