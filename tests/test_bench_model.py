@@ -155,9 +155,9 @@ def test_the_resident_set_grows_with_what_is_written():
     if resident_set() is None:
         pytest.skip("this system has no /proc/self/status")
     before, _ = resident_set()
-    kept = torch.ones(2**25, dtype=torch.uint8)
+    kept = torch.ones(2**26, dtype=torch.uint8)  # beyond what an allocator keeps of memory that was freed
     now, highest = resident_set()
-    assert now - before > 0.9 * len(kept) and highest >= now, f"32 MiB were written, and it grew by {now - before}"
+    assert now - before > 0.9 * len(kept) and highest >= now, f"64 MiB were written, and it grew by {now - before}"
 
 
 def test_the_table_says_it_all(measured, settings):

@@ -412,17 +412,22 @@ def test_no_two_claims_and_no_two_studies_have_one_name():
         assert len(set(names)) == len(names), f"twice: {sorted(name for name in set(names) if names.count(name) > 1)}"
 
 
-def test_the_ledger_is_on_its_page_and_the_readme_has_the_short_of_it():
-    page = (ledger.DATA.parent / report.PAGE).read_text(encoding="utf-8")
-    assert page == report.page(), f"{report.PAGE} is not what `python -m minilora claims` prints; write it anew"
+@pytest.fixture(scope="module")
+def page():
+    return report.page()
+
+
+def test_the_ledger_is_on_its_page_and_the_readme_has_the_short_of_it(page):
+    written = (ledger.DATA.parent / report.PAGE).read_text(encoding="utf-8")
+    assert written == page, f"{report.PAGE} is not what `python -m minilora claims` prints; write it anew"
     readme = (ledger.DATA.parent / "README.md").read_text(encoding="utf-8")
     for table in (report.overview(), report.headlines()):
         assert table in readme, f"this should stand in the README:\n{table}"
 
 
-def test_the_readme_links_to_sections_that_the_page_has():
+def test_the_readme_links_to_sections_that_the_page_has(page):
     """GitHub's anchor of a heading: in small letters, hyphens for blanks, nothing else but letters and digits."""
-    headings = [line[3:] for line in report.page().splitlines() if line.startswith("## ")]
+    headings = [line[3:] for line in page.splitlines() if line.startswith("## ")]
     anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
     linked = set(re.findall(rf"\({report.PAGE}#(.*?)\)", report.overview()))
     assert linked == anchors and len(linked) == len(ledger.FAMILIES), f"only on one side: {linked ^ anchors}"

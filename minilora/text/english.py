@@ -4,6 +4,7 @@ import ast
 import pydoc_data.topics
 import random
 import sysconfig
+from functools import lru_cache
 from pathlib import Path
 
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
@@ -27,7 +28,12 @@ def python_code(characters: int = 2_000_000) -> str:
 def python_documentation() -> list[str]:
     """The interpreter's documentation in English: its help topics and the docstrings of the standard library."""
     topics = [text.strip() for _, text in sorted(pydoc_data.topics.topics.items())]
-    return topics + [doc for file in standard_library_files() for doc in _docstrings(_read(file))]
+    return [*topics, *_docstrings_of(tuple(standard_library_files()))]
+
+
+@lru_cache(maxsize=1)  # to parse it all takes seconds
+def _docstrings_of(files: tuple[Path, ...]) -> tuple[str, ...]:
+    return tuple(doc for file in files for doc in _docstrings(_read(file)))
 
 
 def _docstrings(source: str) -> list[str]:
