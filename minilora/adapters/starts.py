@@ -20,7 +20,7 @@ The decompositions are whole ones, so the same weight gives the same start. Thei
 Letters in the shape comments: in and out the layer's features, r rank, k = min(in, out).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -61,7 +61,12 @@ STARTS_FROM_WEIGHT = {"pissa": pissa, "olora": olora}
 
 
 def loftq(
-    W: Tensor, r: int, scaling: float, quantization: Quantization = QLORA, rounds: int = 5, best_of_rank=pissa
+    W: Tensor,
+    r: int,
+    scaling: float,
+    quantization: Quantization = QLORA,
+    rounds: int = 5,
+    best_of_rank: Callable[[Tensor, int, float], tuple[Tensor, Tensor]] = pissa,
 ) -> tuple[QuantizedTensor, Tensor, Tensor, list[float]]:
     """Q in 4 bits, A, B, and the errors ‖W - (Q + s·BA)‖ / ‖W‖: of rounding alone, then after each round.
 
