@@ -12,6 +12,7 @@ from minilora.experiments.claims.claim import Claim, Finding, Runs
 from minilora.experiments.claims.goals import preferences, rewards, teachers
 from minilora.experiments.claims.knobs import automatic, bits, capacity, orders, ranks, rates, updates
 from minilora.experiments.claims.study import BASES, Setting, Study, timed
+from minilora.experiments.claims.together import merging, serving, wire
 from minilora.experiments.claims.uses import (
     basics,
     combining,
@@ -31,7 +32,8 @@ from minilora.storage.locks import locked
 USES = (basics, costs, speed, combining, variants, prompting, facts, data, forgetting)
 KNOBS = (rates, ranks, capacity, updates, orders, bits, automatic)
 GOALS = (preferences, rewards, teachers)
-FAMILIES = USES + KNOBS + GOALS
+TOGETHER = (merging, serving, wire)
+FAMILIES = USES + KNOBS + GOALS + TOGETHER
 CLAIMS = {claim.name: claim for family in FAMILIES for claim in family.CLAIMS}
 STUDIES = {study.name: study for claim in CLAIMS.values() for study in claim.studies}
 FOLDER = DATA / "claims"

@@ -1,0 +1,1 @@
+"""Adapters merged into one, served together, and trained on several devices."""
