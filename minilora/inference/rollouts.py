@@ -23,11 +23,11 @@ from minilora.model import KVCache
 from minilora.objectives import group_advantages
 from minilora.ranges import GROUP_SIZE, NEW_TOKENS, POSITIVE
 from minilora.rows import batch_rows
-from minilora.text.batches import examples, padded
+from minilora.text.batches import answered, examples
 from minilora.text.chat import encode_prompt
 from minilora.text.tasks import Example
 from minilora.text.tokenizer import AnyTokenizer
-from minilora.train_settings import IGNORE, NonFiniteError, TrainConfig
+from minilora.train_settings import NonFiniteError, TrainConfig
 
 
 @torch.no_grad()
@@ -66,6 +66,11 @@ def sample(
         ids = tokens.to(ids.device)
     model.train(training)
     return drawn
+
+
+def text_of(ids: list[int], tokenizer: AnyTokenizer) -> str:
+    """What drawn ids say, without the end token."""
+    return tokenizer.decode(ids[:-1] if ids[-1] in end_ids(tokenizer.end_ids) else ids)
 
 
 class Rollouts:
@@ -118,11 +123,10 @@ class Rollouts:
         drawn = sample(model, prompts, *how)
         rewards = []
         for number, ids in zip(numbers, drawn, strict=True):
-            answer = self.tokenizer.decode(ids[:-1] if ids[-1] in ends else ids)
+            answer = text_of(ids, self.tokenizer)
             rewards.append(float(self.reward(self.examples[number], answer)))
             if not math.isfinite(rewards[-1]):
                 raise ValueError(f"the reward of {answer[:60]!r} is {rewards[-1]}; it must be a finite number")
-        rows = [(prompt + ids, [IGNORE] * len(prompt) + ids) for prompt, ids in zip(prompts, drawn, strict=True)]
-        batch, given = padded(rows, self.tokenizer), torch.tensor(rewards)
+        batch, given = answered(prompts, drawn, self.tokenizer), torch.tensor(rewards)
         agrees = (given.view(-1, size) == given.view(-1, size)[:, :1]).all(1).repeat_interleave(size)
         return batch.input_ids, batch.labels, group_advantages(given, size), given, agrees

@@ -140,6 +140,12 @@ def _answer_and_end(rest: str, content: str, tokenizer: AnyTokenizer) -> tuple[s
     return rest[: len(rest) - len(after.lstrip())], end
 
 
+def answered(prompts: Sequence[list[int]], answers: Sequence[list[int]], tokenizer: AnyTokenizer) -> Batches:
+    """Ids of prompts and of their answers as rows in which the answers count."""
+    rows = [(prompt + ids, [IGNORE] * len(prompt) + ids) for prompt, ids in zip(prompts, answers, strict=True)]
+    return padded(rows, tokenizer)
+
+
 def padded(rows: list[Row], tokenizer: AnyTokenizer) -> Batches:
     """Rows of different lengths, each padded at its end to the longest."""
     length = max(len(ids) for ids, _ in rows)

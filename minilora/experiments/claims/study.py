@@ -22,7 +22,8 @@ from minilora.inference.evaluate import score_task
 from minilora.model import GPT
 from minilora.text.datasets import Dataset, data_named, load_dataset
 from minilora.text.tasks import TASKS
-from minilora.train_settings import NonFiniteError
+from minilora.train import evaluate_loss
+from minilora.train_settings import CROSS_ENTROPY, NonFiniteError, Objective, Rows
 
 Draw = Callable[[str, Mapping[str, Mapping[int, Mapping]]], Figure]  # of a title, and of runs by arm and by seed
 ROW = 128  # tokens of a row of text, and of an example at most
@@ -107,6 +108,11 @@ def train_and_score(setting: Setting, **training) -> dict:
     if data.task and not setting.tuning:
         record["scores"] = {"task": score_task(finished.model, setting.base.tokenizer, data.task).score}
     return record
+
+
+def loss_of(model: Any, rows: Rows, objective: Objective = CROSS_ENTROPY) -> float:
+    """The mean loss over the rows, in float32 on any device: by default in nats a token."""
+    return evaluate_loss(model, rows, 50, "float32", objective)
 
 
 def losses(finished: Run) -> dict[str, Any]:

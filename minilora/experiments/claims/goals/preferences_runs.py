@@ -19,10 +19,10 @@ from minilora.experiments.claims.study import ROW, Setting
 from minilora.experiments.methods import BaseFolder
 from minilora.experiments.run import schedule
 from minilora.inference.evaluate import answer, longest
-from minilora.inference.rollouts import sample
+from minilora.inference.rollouts import sample, text_of
 from minilora.model import GPT
 from minilora.objectives import Preference, dpo_loss, log_probs_of, token_log_probs
-from minilora.text.batches import Batches, pack, padded
+from minilora.text.batches import Batches, answered, pack
 from minilora.text.chat import encode_prompt
 from minilora.text.preferences import load_preferences, world_pairs
 from minilora.text.tasks import Example, is_right_pirate, load_task
@@ -82,10 +82,6 @@ def style_of(example: Example, rejected: str, said: str) -> str:
     return "neither"
 
 
-def text_of(ids: list[int], tokenizer: AnyTokenizer) -> str:
-    return tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.end_ids else ids)
-
-
 class Held:
     """Held-out pairs, prompts to answer, and old text, on which nothing is trained."""
 
@@ -143,8 +139,7 @@ class Held:
         if not any(lora_layers(model)):
             return 0.0
         drawn = self.samples(model, seed)
-        both = zip(self.prompts, drawn, strict=True)
-        rows = padded([(prompt + ids, [IGNORE] * len(prompt) + ids) for prompt, ids in both], self.tokenizer)
+        rows = answered(self.prompts, drawn, self.tokenizer)
         ids, labels = (part.to(model.lm_head.weight.device) for part in (rows.input_ids, rows.labels))
         policy = token_log_probs(model, ids, labels, "float32").sum(1)
         with disable_lora(model):
@@ -223,13 +218,12 @@ def start_of(base: BaseFolder, seed: int) -> tuple[GPT, Batches]:
     new = longest([example.completion for example in asked], tokenizer)
     drawn = sample(model, prompts, new, 1.0, tokenizer.vocab_size, tokenizer.end_ids, seed, "float32")
     right = [is_right_pirate(*each) for each in zip(asked, (text_of(ids, tokenizer) for ids in drawn), strict=True)]
-    own = []
+    own: list[int] = []  # of each prompt the first right answer and the first wrong one, where it has both
     for first in range(0, len(asked), SAMPLES):
-        group = range(first, first + SAMPLES)
-        both = [[prompts[n] + drawn[n] for n in group if right[n] is wanted] for wanted in (True, False)]
+        both = [[n for n in range(first, first + SAMPLES) if right[n] is wanted] for wanted in (True, False)]
         if all(both):
-            own += [(each[0], [IGNORE] * len(prompts[first]) + each[0][len(prompts[first]) :]) for each in both]
-    pairs = padded(own, tokenizer)
+            own += [each[0] for each in both]
+    pairs = answered([prompts[n] for n in own], [drawn[n] for n in own], tokenizer)
     return model, Batches(pairs.input_ids.unflatten(0, (-1, 2)), pairs.labels.unflatten(0, (-1, 2)))
 
 

@@ -22,7 +22,7 @@ from minilora.experiments.run import schedule
 from minilora.experiments.tune import TUNING_SEED
 from minilora.inference.evaluate import answer, longest
 from minilora.inference.generate import end_ids
-from minilora.inference.rollouts import Rollouts, sample
+from minilora.inference.rollouts import Rollouts, sample, text_of
 from minilora.linear4bit import float_linears
 from minilora.model import GPT
 from minilora.objectives import GroupPolicy, group_advantages, grpo_loss
@@ -176,7 +176,7 @@ def sampled(model: GPT, tokenizer: AnyTokenizer, asked: Sequence[Example], seed:
     most, ends = longest([example.completion for example in asked], tokenizer), end_ids(tokenizer.end_ids)
     prompts = [encode_prompt(tokenizer, example.prompt) for example in asked for _ in range(GROUP)]
     drawn = sample(model, prompts, most, 1.0, tokenizer.vocab_size, ends, seed, "float32")
-    texts = [tokenizer.decode(ids[:-1] if ids[-1] in ends else ids) for ids in drawn]
+    texts = [text_of(ids, tokenizer) for ids in drawn]
     return [texts[at : at + GROUP] for at in range(0, len(texts), GROUP)]
 
 

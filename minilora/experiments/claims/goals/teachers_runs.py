@@ -6,10 +6,9 @@ from random import Random
 from typing import Any
 
 import torch
-from torch import nn
 
 from minilora.experiments.claims.goals.preferences_runs import fit
-from minilora.experiments.claims.study import Setting, dataset
+from minilora.experiments.claims.study import Setting, dataset, loss_of
 from minilora.experiments.claims.uses.basics import directions
 from minilora.experiments.methods import BaseFolder, Experiment
 from minilora.experiments.run import run, schedule
@@ -18,11 +17,10 @@ from minilora.inference.rollouts import sample
 from minilora.linear4bit import float_linears
 from minilora.model import GPT
 from minilora.objectives import Distillation
-from minilora.text.batches import Batches, padded
+from minilora.text.batches import Batches, answered
 from minilora.text.chat import encode_prompt
 from minilora.text.datasets import Dataset
-from minilora.train import evaluate_loss
-from minilora.train_settings import CROSS_ENTROPY, IGNORE, NonFiniteError, Objective
+from minilora.train_settings import CROSS_ENTROPY, NonFiniteError, Objective
 
 TEACHER_STEPS, TEACHER_RATE = 150, 3e-3
 
@@ -47,8 +45,7 @@ def rows_for(setting: Setting, data: Dataset, teacher: GPT) -> Batches:
     prompts = [encode_prompt(tokenizer, example.prompt) for example in some]
     new = longest([example.completion for example in some], tokenizer)
     drawn = sample(teacher, prompts, new, 1.0, tokenizer.vocab_size, tokenizer.end_ids, setting.seed, "float32")
-    rows = [(prompt + ids, [IGNORE] * len(prompt) + ids) for prompt, ids in zip(prompts, drawn, strict=True)]
-    return padded(rows, tokenizer)
+    return answered(prompts, drawn, tokenizer)
 
 
 @torch.no_grad()
@@ -74,28 +71,28 @@ def measure(setting: Setting) -> dict[str, Any]:
     base, data = setting.base, setting.dataset()
     teacher = teacher_of(setting.plan.data, base)
 
-    def loss_of(model: nn.Module) -> float:
-        return finite(evaluate_loss(model, data.validation, 50, "float32"))
-
     model = base.load() if setting["from"] == "base" else teacher
     if setting["from"] == "cut":
         model = cut_out(base, teacher, setting.plan.settings["rank"])
+
+    def now() -> float:
+        return finite(loss_of(model, data.validation))
+
     losses = []
     if setting.arm.method:
         every = setting.plan.steps // 5
 
         def watch(step: int):
             if step % every == 0:
-                losses.append([step, loss_of(model)])
+                losses.append([step, now()])
 
         objective: Objective = Distillation(teacher) if setting["soft"] else CROSS_ENTROPY
         fit(setting, model, rows_for(setting, data, teacher), objective, watch)
-    losses = losses or [[0, loss_of(model)]]
+    losses = losses or [[0, now()]]
     record: dict[str, Any] = {"best_validation_loss": min(loss for _, loss in losses), "validation_loss": losses}
     if not setting.tuning:
         assert data.task
-        divergence = evaluate_loss(model, data.validation, 50, "float32", Distillation(teacher))
+        divergence = loss_of(model, data.validation, Distillation(teacher))
         score = score_task(model, base.tokenizer, data.task).score
         record["scores"] = {"task": score, "KL": finite(divergence)}
-        record["floor"] = data.floor
     return record

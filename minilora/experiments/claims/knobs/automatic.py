@@ -13,13 +13,12 @@ from minilora.adapters.prompts import Prompt
 from minilora.config import LoRAConfig
 from minilora.experiments.claims.claim import Claim, Record, Rule, better, no_worse
 from minilora.experiments.claims.knobs.automatic_figures import KINDS, losses_by_arm, rank_maps
-from minilora.experiments.claims.study import Arm, Plan, Setting, Study, dataset, losses
+from minilora.experiments.claims.study import Arm, Plan, Setting, Study, dataset, loss_of, losses
 from minilora.experiments.methods import BaseFolder
 from minilora.inference.evaluate import score_task
 from minilora.linear4bit import float_linears
 from minilora.model import GPT
 from minilora.rows import shuffled
-from minilora.train import evaluate_loss
 
 UNIFORM = LoRAConfig(8, lora_alpha=16, target_modules="all-linear")  # all arms spend its numbers, at its scaling, 2
 ROWS, AT_ONCE = 64, 16  # of the training data, that the choice is made on
@@ -76,7 +75,7 @@ def measure(setting: Setting) -> dict:
         chosen = replace(setting, arm=replace(setting.arm, lora=vars(config)))
     if setting.arm.method is None:
         model: GPT | Prompt = base.load()
-        record: dict = {"best_validation_loss": evaluate_loss(model, data.validation, 50, "float32")}
+        record: dict = {"best_validation_loss": loss_of(model, data.validation)}
     else:
         finished = chosen.train(data, evaluations=4)
         model, record = finished.model, losses(finished)

@@ -8,11 +8,10 @@ from typing import Any
 
 from minilora.experiments.claims.claim import Claim, Record, Rule, lower_loss
 from minilora.experiments.claims.knobs.orders_figures import gains
-from minilora.experiments.claims.study import Arm, Plan, Setting, Study, losses, train_and_score
+from minilora.experiments.claims.study import Arm, Plan, Setting, Study, loss_of, losses, train_and_score
 from minilora.experiments.claims.uses.data_runs import encoded, share_right
 from minilora.text.datasets import Dataset
 from minilora.text.noise import sized_task
-from minilora.train import evaluate_loss
 
 HIGH = {"r": 64, "lora_alpha": 16}
 RANK_8 = {"dora": Arm("dora"), "lora+": Arm("lora+"), "pissa": Arm("pissa"), "eva": Arm("eva")}
@@ -31,7 +30,7 @@ SETTINGS = {"weight_decay": 0.0, "later": 0}
 def measure(setting: Setting) -> dict[str, Any]:
     """As `train_and_score`, and the loss of the base as it is. later: by how much the seed is moved."""
     if setting.arm.method is None:
-        return {"best_validation_loss": evaluate_loss(setting.base.load(), setting.dataset().validation, 50, "float32")}
+        return {"best_validation_loss": loss_of(setting.base.load(), setting.dataset().validation)}
     moved = replace(setting, seed=setting.seed + setting["later"])
     return train_and_score(moved, evaluations=4, weight_decay=setting["weight_decay"])
 
@@ -68,7 +67,7 @@ def few_examples(setting: Setting) -> dict[str, Any]:
     train, validation = (encoded(part, tokenizer) for part in (task.train, task.validation))
     if setting.arm.method is None:
         model: Any = setting.base.load()
-        record: dict[str, Any] = {"last_validation_loss": evaluate_loss(model, validation, 50, "float32")}
+        record: dict[str, Any] = {"last_validation_loss": loss_of(model, validation)}
     else:
         data = Dataset("towns", train, validation, None, task, [])
         often = 1 if setting.tuning else 6

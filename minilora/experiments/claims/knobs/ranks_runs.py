@@ -6,7 +6,7 @@ import torch
 
 from minilora.adapters.inject import count_parameters
 from minilora.adapters.prompts import Prompt
-from minilora.experiments.claims.study import Setting, losses
+from minilora.experiments.claims.study import Setting, loss_of, losses
 from minilora.experiments.claims.uses.costs import GB, lora_of, shape_of
 from minilora.experiments.claims.uses.data_runs import train_loss
 from minilora.experiments.simulate import simulate
@@ -15,7 +15,6 @@ from minilora.model import GPT
 from minilora.text.batches import Batches
 from minilora.text.commands import commands
 from minilora.text.datasets import Dataset
-from minilora.train import evaluate_loss
 
 HELD_OUT = 200
 
@@ -25,7 +24,7 @@ def measure(setting: Setting) -> dict:
     setting, data = placed(setting), data_of(setting)
     if setting.arm.method is None:
         model: GPT | Prompt = setting.base.load()
-        loss = evaluate_loss(model, data.validation, 50, "float32")
+        loss = loss_of(model, data.validation)
         record: dict = {"best_validation_loss": loss, "last_validation_loss": loss}
     else:
         steps, evaluations = setting.plan.steps * setting["times"], 2 if setting.tuning else setting["evaluations"]

@@ -10,12 +10,11 @@ from torch.nn import functional as F
 
 from minilora.adapters.inject import lora_layers
 from minilora.adapters.starts import energy_rank
-from minilora.experiments.claims.study import Setting, losses
+from minilora.experiments.claims.study import Setting, loss_of, losses
 from minilora.experiments.claims.uses.basics import directions
 from minilora.experiments.methods import BaseFolder
 from minilora.linear4bit import float_linears
 from minilora.text.batches import Batches
-from minilora.train import evaluate_loss
 from minilora.train_settings import NonFiniteError
 
 TOP = 10  # singular vectors of W + ΔW, those of its largest singular values
@@ -133,7 +132,7 @@ def loss_at_rank_1(setting: Setting, model: nn.Module, rows: Batches) -> float:
         for name, linear in float_linears(model).items():
             _, L, R = directions(linear.weight - base[name].weight)
             linear.weight.copy_(base[name].weight + L[:, :1] @ R[:1])
-    return evaluate_loss(model, rows, 50, "float32")
+    return loss_of(model, rows)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from minilora.experiments.bench_model import english_rows
 from minilora.experiments.bench_ratios import ModelBenchSettings
 from minilora.experiments.claims.bars import bars
 from minilora.experiments.claims.claim import Claim, Record, Rule
-from minilora.experiments.claims.study import Arm, Plan, Setting, Study, losses
+from minilora.experiments.claims.study import Arm, Plan, Setting, Study, loss_of, losses
 from minilora.experiments.figures import Figure, finished, new_figure
 from minilora.inference.evaluate import score_task
 from minilora.linear4bit import float_linears
@@ -21,7 +21,7 @@ from minilora.model import GPT
 from minilora.quant import Quantization
 from minilora.text.batches import Batches, pack
 from minilora.text.world import World
-from minilora.train import evaluate_loss, next_token_targets
+from minilora.train import next_token_targets
 from minilora.train_settings import IGNORE
 
 # The rank of ΔW
@@ -59,7 +59,7 @@ def cut_to_ranks(setting: Setting) -> dict[str, Any]:
         return record
     plain, model = setting.base.load(), trained.model
     base, linears, pieces, energy = float_linears(plain), float_linears(model), {}, []
-    before, after = (evaluate_loss(each, data.validation, 50, "float32") for each in (plain, model))
+    before, after = (loss_of(each, data.validation) for each in (plain, model))
     for name, linear in linears.items():
         energies, *pieces[name] = directions(linear.weight - base[name].weight)
         energy.append(energies.cumsum(0) / energies.sum())
@@ -67,7 +67,7 @@ def cut_to_ranks(setting: Setting) -> dict[str, Any]:
     def loss_at(rank: int) -> float:
         for name, (L, R) in pieces.items():
             linears[name].weight.copy_(base[name].weight + L[:, :rank] @ R[:rank])
-        return evaluate_loss(model, data.validation, 50, "float32")
+        return loss_of(model, data.validation)
 
     by_rank = {rank: loss_at(rank) for rank in RANKS}
     scores = {f"kept at {rank}": (before - loss) / (before - after) for rank, loss in by_rank.items()}
@@ -184,7 +184,7 @@ def skill(setting: Setting) -> dict[str, Any]:
     data, tokenizer = setting.dataset(), setting.base.tokenizer
     if setting.arm.method is None:
         model: GPT | Prompt = setting.base.load()
-        record: dict[str, Any] = {"best_validation_loss": evaluate_loss(model, data.validation, 50, "float32")}
+        record: dict[str, Any] = {"best_validation_loss": loss_of(model, data.validation)}
     else:
         trained = setting.train(data, evaluations=4)
         model, record = trained.model, losses(trained)

@@ -8,11 +8,10 @@ from minilora.adapters.combine import concatenate
 from minilora.adapters.inject import lora_layers, merge_lora
 from minilora.experiments.claims.bars import bars
 from minilora.experiments.claims.claim import Claim, Record, Rule, quantity
-from minilora.experiments.claims.study import Arm, Plan, Setting, Study, dataset, losses
+from minilora.experiments.claims.study import Arm, Plan, Setting, Study, dataset, loss_of, losses
 from minilora.inference.evaluate import score_task
 from minilora.linear4bit import dequantize_model, quantize_model
 from minilora.model import GPT
-from minilora.train import evaluate_loss
 
 # Merging
 
@@ -30,14 +29,14 @@ def merged_losses(setting: Setting) -> dict[str, Any]:
     score: dict[str, float] = {}
 
     def look(state: str):
-        loss[state] = evaluate_loss(model, data.validation, 50, "float32")
+        loss[state] = loss_of(model, data.validation)
         score[f"right, {state}"] = score_task(model, tokenizer, task, 100).score
 
     for _, layer in lora_layers(model):
         vars(layer)["forming_pays"] = lambda x: False  # or W + s·BA would be formed for the batch, which is to merge
     look("apart")
     merge_lora(dequantize_model(model))
-    loss["merged"] = evaluate_loss(model, data.validation, 50, "float32")
+    loss["merged"] = loss_of(model, data.validation)
     quantize_model(model)
     look("rounded")
     gain = record["validation_loss"][0][1] - loss["apart"]

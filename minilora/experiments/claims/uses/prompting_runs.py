@@ -14,7 +14,7 @@ from minilora.experiments.claims.study import ROW, Setting
 from minilora.experiments.methods import BaseFolder
 from minilora.inference.evaluate import answer, longest
 from minilora.storage.config import load_config
-from minilora.text.batches import cut, examples, pack, padded
+from minilora.text.batches import answered, cut, examples, pack
 from minilora.text.chat import ChatPrompt, encode_prompt
 from minilora.text.datasets import INSTRUCTION_TRAINING, TRAINING, Dataset, data_named, load_dataset
 from minilora.text.invented import invented_task
@@ -24,7 +24,6 @@ from minilora.text.tasks import Example, Task, load_task
 from minilora.text.tokenizer import AnyTokenizer
 from minilora.text.world import World
 from minilora.train import evaluate_loss
-from minilora.train_settings import IGNORE
 
 LOSS_QUESTIONS = 50  # that the loss behind a prompt is measured on; it is there to be looked at and decides nothing
 CHAT_TOKENS = 48  # of an answer in a chat at least: one that is right may be longer than ours
@@ -203,13 +202,10 @@ def dataset_of(setting: Setting, task: Task, facts: Sequence[Fact]) -> Dataset:
 def loss_behind(model, tokenizer: AnyTokenizer, prompts: Sequence[ChatPrompt], task: Task) -> float:
     """Of the right answers, each given its prompt: nats a token. Without the end token, in whose place the tiny base
     goes on with another question."""
-    rows = []
-    for prompt, example in zip(prompts, task.validation, strict=False):
-        if example.completion:
-            before = encode_prompt(tokenizer, prompt)
-            after = tokenizer.encode(example.completion, continues=True)
-            rows.append((before + after, [IGNORE] * len(before) + after))
-    return evaluate_loss(model, padded(rows, tokenizer), 8, "float32")
+    pairs = [pair for pair in zip(prompts, task.validation, strict=False) if pair[1].completion]
+    before = [encode_prompt(tokenizer, prompt) for prompt, _ in pairs]
+    after = [tokenizer.encode(example.completion, continues=True) for _, example in pairs]
+    return evaluate_loss(model, answered(before, after, tokenizer), 8, "float32")
 
 
 def answers_of(setting: Setting, model, task: Task, prompts: Sequence[ChatPrompt]) -> list[str]:
