@@ -170,13 +170,13 @@ def test_each_seed_is_another_text(base):
 def test_merging_into_floats_loses_nothing_and_rounding_does(base, monkeypatch):
     monkeypatch.setattr(study, "dataset", lambda name, base: few_rows(study.load_dataset(name, base.tokenizer), 4))
     monkeypatch.setattr(combining, "score_task", lambda *_: type("Scored", (), {"score": 0.5}))
-    states, evaluate = [], combining.evaluate_loss
+    states, evaluate = [], combining.loss_of
 
     def watched(model, *settings):
         states.append((all(layer.merged for _, layer in lora_layers(model)), bool(quantized_layers(model))))
         return evaluate(model, *settings)
 
-    monkeypatch.setattr(combining, "evaluate_loss", watched)
+    monkeypatch.setattr(combining, "loss_of", watched)
     record = combining.merged_losses(setting_of(base, combining.MERGE, "qlora", 1e-2, steps=2))
     assert states == [(False, True), (True, False), (True, True)], "(merged, in 4 bits): apart, merged, rounded again"
     assert record["losses"]["apart"] == pytest.approx(record["validation_loss"][-1][1], rel=1e-4)

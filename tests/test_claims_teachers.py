@@ -89,12 +89,12 @@ def test_each_arm_has_its_labels_and_its_model(base, monkeypatch):
         for step in (1, 2, 3):
             watch(step)
 
-    def evaluate_loss(student, rows, size, precision, objective=CROSS_ENTROPY):
+    def loss_of(student, rows, objective=CROSS_ENTROPY):
         assert rows is data.validation
         seen.append((student, objective))
         return 9.0 if isinstance(objective, Distillation) else next(looks)
 
-    stand_ins = {"fit": fit, "evaluate_loss": evaluate_loss, "teacher_of": lambda *_: taught}
+    stand_ins = {"fit": fit, "loss_of": loss_of, "teacher_of": lambda *_: taught}
     stand_ins |= {"rows_for": lambda *_: None, "cut_out": lambda *_: plain}
     stand_ins |= {"score_task": lambda student, *_: seen.append((student, None)) or SimpleNamespace(score=0.25)}
     for name, stand_in in stand_ins.items():
