@@ -211,10 +211,10 @@ class Decoder(nn.Module):
 
     def run_blocks(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Embeddings (B, T, C) -> hidden states (B, T, C). The cache gets the keys and values of all layers."""
-        T, past = x.shape[1], 0 if cache is None else len(cache)
-        if past + T > (limit := self.config.max_position_embeddings):
-            raise ValueError(f"a sequence of {past + T} tokens is longer than the model's {limit}")
+        T, past, limit = x.shape[1], 0 if cache is None else len(cache), self.config.max_position_embeddings
         padding = None if cache is None else cache.padding_of(past + T)  # (B, S)
+        if past + T > limit and (padding is None or (~padding).sum(1).max() > limit):  # padding takes no position
+            raise ValueError(f"a sequence of {past + T} tokens is longer than the model's {limit}")
         positions = torch.arange(past, past + T, device=x.device)[None]  # (1, T)
         if padding is not None:  # pad tokens have no position: a row's first real token is at 0
             positions = ((~padding).int().cumsum(1) - 1).clamp(min=0)[:, past:]  # (B, T)
