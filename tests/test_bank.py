@@ -5,16 +5,20 @@ import random
 
 import pytest
 import torch
+from torch import nn
 
 from minilora.adapters.adapter import Adapter, apply_adapter, extract_adapter
 from minilora.adapters.inject import adapter_parameters, apply_lora
+from minilora.adapters.prompts import PrefixTuning, Prompt, SoftPrompt
 from minilora.config import LoRAConfig
-from minilora.inference.bank import AdapterBank, BankedLinear
+from minilora.inference.bank import AdapterBank
+from minilora.inference.bank_layers import BankedLinear, norms
 from minilora.inference.generate import generate
 from minilora.linear4bit import quantize_model
 from minilora.model import GPT, GPTConfig, KVCache
 from minilora.quant import Quantization
 from minilora.storage.adapters import save_adapter
+from minilora.storage.prompts import save_prompt
 
 VOCABULARY, LIMIT = 24, 32
 PATTERNS = dict(rank_pattern={"layers.0.self_attn.o_proj": 4}, alpha_pattern={"up_proj": 1})
@@ -25,8 +29,10 @@ CONFIGS = {
     "one": dict(r=1, lora_alpha=1, target_modules=r"model\.layers\.1\.mlp\.up_proj"),
     "head": dict(r=2, lora_alpha=2, target_modules=["lm_head", "k_proj"]),
     "patterns": dict(r=2, lora_alpha=5, target_modules=["o_proj", "up_proj"], **PATTERNS),
+    "dora": dict(r=8, lora_alpha=4, target_modules="all-linear", use_dora=True),
 }
-ROWS = ["few", None, "patterns", "all", "few", "one", None, "stable", "head"]
+ROWS = ["few", None, "patterns", "all", "few", "one", "dora", "stable", "head"]
+PROMPTED = ["soft", "few", "prefix", None, "dora", "short", "all", "prefix", "soft"]
 
 
 def base(dtype=torch.float64, seed=0, **changes) -> GPT:
@@ -41,6 +47,13 @@ def base(dtype=torch.float64, seed=0, **changes) -> GPT:
     return model.to(dtype)
 
 
+def random_prompt(seed: int, kind: type[Prompt], n: int) -> Prompt:
+    torch.manual_seed(seed)
+    prompt = kind(base(), n)
+    nn.init.normal_(prompt.prompt_embeddings, std=0.7)
+    return prompt
+
+
 def random_adapter(seed: int, **settings) -> Adapter:
     """Random A and B; their values are float32's, so a file loses nothing."""
     model = apply_lora(base(), LoRAConfig(**settings))
@@ -52,6 +65,9 @@ def random_adapter(seed: int, **settings) -> Adapter:
 
 
 ADAPTERS = {name: random_adapter(seed, **config) for seed, (name, config) in enumerate(CONFIGS.items())}
+PROMPTS = {"soft": random_prompt(1, SoftPrompt, 3), "prefix": random_prompt(2, PrefixTuning, 5)}
+PROMPTS["short"] = random_prompt(3, SoftPrompt, 1)
+EVERY = ADAPTERS | PROMPTS
 IDS = torch.randint(VOCABULARY, (len(ROWS), 7), generator=torch.Generator().manual_seed(3))
 
 
@@ -60,18 +76,23 @@ def bank() -> AdapterBank:
     return AdapterBank(base(), ADAPTERS)
 
 
-def alone(adapter: Adapter | None, model: GPT | None = None) -> GPT:
+def alone(adapter: Adapter | Prompt | None, model: GPT | None = None) -> GPT | Prompt:
     """The reference: a model of its own for one adapter."""
     model = copy.deepcopy(model or base())
+    if isinstance(adapter, Prompt):
+        own = type(adapter)(model, 0).eval()
+        own.prompt_embeddings = adapter.prompt_embeddings
+        return own
     return (model if adapter is None else apply_adapter(model, adapter)).eval()
 
 
-def logits(model: GPT, ids: torch.Tensor = IDS) -> torch.Tensor:
+def logits(model: GPT | Prompt, ids: torch.Tensor = IDS) -> torch.Tensor:
+    """Those at the ids; a SoftPrompt gives more in front of them."""
     with torch.no_grad():
-        return model(ids)
+        return model(ids)[:, -ids.shape[1] :]
 
 
-def assert_rows(found, names, model: GPT | None = None, adapters=ADAPTERS, ids=IDS, tolerance=1e-10):
+def assert_rows(found, names, model: GPT | None = None, adapters=EVERY, ids=IDS, tolerance=1e-10):
     expected = {name: logits(alone(adapters[name] if name else None, model), ids) for name in set(names)}
     for row, name in enumerate(names):
         error = ((found[row] - expected[name][row]).abs().max() / expected[name][row].abs().max()).item()
@@ -96,8 +117,9 @@ def test_a_base_in_4_bits_or_in_bfloat16(quantized):
     model = quantize_model(base(), Quantization(block_size=16)) if quantized else base(torch.bfloat16)
     found = AdapterBank(copy.deepcopy(model), ADAPTERS)(IDS, ROWS)
     assert found.dtype == (torch.float64 if quantized else torch.bfloat16), f"the logits are {found.dtype}"
-    # In bfloat16 the bank rounds s·B, the reference B: they differ as much as two roundings of the same model.
-    assert_rows(found, ROWS, model, tolerance=1e-10 if quantized else 0.04)
+    # In bfloat16 the bank rounds s·B, the reference B: they differ as much as two roundings of the same model. And on
+    # 4 bits the reference's DoRA computes its norms in float32.
+    assert_rows(found, ROWS, model, tolerance=1e-7 if quantized else 0.04)
 
 
 def test_a_row_without_an_adapter_is_the_base_bit_for_bit(bank):
@@ -184,6 +206,119 @@ def test_with_gradients_the_graph_is_whole_and_nothing_is_overwritten(bank):
         torch.testing.assert_close(got[row], expected[row], rtol=1e-9, atol=1e-10, msg=lambda m, row=row: f"{row}: {m}")
 
 
+# Ranks, and DoRA's norms
+
+
+def test_only_the_ranks_in_the_batch_are_computed(bank):
+    """The largest rank among all that are resident costs nothing where no row has it."""
+    bank(IDS, ROWS)  # all of them into their slots
+    for names, q, down in (
+        (["few", None, "one"], 2, 0),
+        (["stable", "few", None], 2, 3),
+        (["dora", "few", None], 8, 8),
+    ):
+        with bank.rows(names):
+            layers = [bank.layers[f"model.layers.0.{name}"] for name in ("self_attn.q_proj", "mlp.down_proj")]
+            ranks = [0 if layer.rows is None else layer.rows[0].shape[1] for layer in layers]
+        assert ranks == [q, down], f"{names} need ranks {q} and {down} in q_proj and down_proj, and these have {ranks}"
+
+
+def test_rows_are_scaled_only_beside_one_of_dora(bank):
+    bank(IDS, ROWS)
+    for names, wanted in ((["dora", "few", None], True), (["all", "few", None], False)):
+        with bank.rows(names):
+            found = {layer.row_g is not None for name, layer in bank.layers.items() if name != "lm_head"}
+        assert found == {wanted}, f"{names}: layers are scaled: {found}"
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_norms_of_an_adapted_weight_are_those_of_its_rows(quantized):
+    model = quantize_model(base(), Quantization(block_size=16)) if quantized else base()
+    adapter, name = ADAPTERS["dora"], "model.layers.1.mlp.gate_proj"
+    s, A, B, layer = adapter.scaling(name), adapter.A[name], adapter.B[name], model.get_submodule(name)
+    W = layer(torch.eye(16, dtype=torch.float64)).T
+    expected = (W + s * B @ A).pow(2).sum(1).sqrt()
+    torch.testing.assert_close(norms(layer, A, s * B.T), expected, rtol=1e-12, atol=0)
+
+
+# Soft prompts and prefixes
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("float64", 1e-10), ("float32, biased", 1e-5), ("4 bits", 1e-7)])
+def test_rows_with_prompts_stand_beside_any_others(kind, tolerance):
+    model = base(torch.float32, attention_bias=True) if "biased" in kind else base()
+    if kind == "4 bits":
+        quantize_model(model, Quantization(block_size=16))
+    found = AdapterBank(copy.deepcopy(model), EVERY)(IDS, PROMPTED)
+    assert_rows(found, PROMPTED, model, tolerance=tolerance)
+    change = (found - logits(model)).abs().amax((1, 2)).tolist()
+    assert all(change[row] > 0.01 for row, name in enumerate(PROMPTED) if name), (
+        f"an adapter that does little: {change}"
+    )
+
+
+def test_a_batch_of_prompts_alone_begins_where_the_longest_does():
+    bank = AdapterBank(base(), PROMPTS)
+    for names, longest in ((["soft"] * 9, 3), (["short", "prefix", "soft"] * 3, 5)):
+        cache = bank.new_cache(names)
+        assert len(cache) == longest and bank.new_cache([None, None]).padding is None
+        assert_rows(bank(IDS, names, cache), names)
+        assert_rows(bank(IDS, names), names)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(eos_id=5), dict(temperature=1.0, top_k=8, seed=2)], ids=str)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_ragged_prompts_behind_virtual_tokens_continue_as_each_alone(settings, quantized):
+    model = quantize_model(base(), Quantization(block_size=16)) if quantized else base()
+    texts = [row[: 1 + 3 * number % 5].tolist() for number, row in enumerate(IDS)]
+    found = AdapterBank(copy.deepcopy(model), EVERY).generate(texts, PROMPTED, 12, **settings)
+    for row, name in enumerate(PROMPTED):
+        expected = generate(alone(EVERY.get(name or ""), model), texts, 12, **settings)[row]
+        assert found[row] == expected, f"row {row} ({name})"
+
+
+def test_each_row_has_the_room_that_it_has_alone():
+    """The longest prompt stands beside the longest text: together they have more columns than the model positions."""
+    bank = AdapterBank(base(), EVERY)
+    texts, names = [[3], [1] * (LIMIT - 4), [2] * (LIMIT - 5 - 4)], ["prefix", "few", "prefix"]
+    for row, tokens in enumerate(bank.generate(texts, names, 4)):
+        assert tokens == generate(alone(EVERY[names[row]]), [texts[row]], 4)[0], f"row {row} ({names[row]})"
+    with pytest.raises(ValueError, match=f"prompt 2 has {LIMIT - 8} tokens .* sequences end at {LIMIT - 5}"):
+        bank.generate([*texts[:2], texts[2] + [1]], names, 4)
+    with pytest.raises(ValueError, match="longer than the model's"):
+        bank(torch.ones(2, LIMIT - 4, dtype=torch.int64), ["prefix", None])
+
+
+def test_adapters_and_prompts_take_each_other_s_names():
+    bank = AdapterBank(base(), {"a": ADAPTERS["few"], "b": PROMPTS["soft"]})
+    for a, b in (("soft", "few"), ("prefix", "dora"), ("all", "soft")):
+        bank(IDS, ["a", "b", None] * 3)
+        bank.add("a", EVERY[a]), bank.add("b", EVERY[b])
+        assert_rows(bank(IDS, ["a", "b", None] * 3), [a, b, None] * 3)
+    bank.remove("b")
+    assert bank.names == ["a"] and bank.virtual_tokens("b") == 0
+    with pytest.raises(ValueError, match="no adapter 'b'"):
+        bank(IDS[:1], ["b"])
+
+
+def test_a_prompt_keeps_the_numbers_that_it_had_and_needs_no_slot():
+    prompt = random_prompt(7, SoftPrompt, 3)
+    bank = AdapterBank(base(), ADAPTERS | {"prompt": prompt, **PROMPTS}, slots=1)
+    names = ["few", "prompt", "prefix", "soft", "few", None, "short", "prompt", None]
+    expected = bank(IDS, names)
+    assert_rows(expected, names, adapters=EVERY | {"prompt": prompt})
+    nn.init.zeros_(prompt.prompt_embeddings)
+    assert torch.equal(bank(IDS, names), expected), "the prompt changed after it was added"
+
+
+def test_a_prompt_that_comes_while_a_batch_runs_disturbs_nothing(bank):
+    with bank.rows(ROWS) as model:
+        expected = logits(model)
+        bank.add("soft", PROMPTS["soft"])  # which takes a pass through the base
+        assert torch.equal(logits(model), expected), "the rows of the batch under way lost their adapters"
+    assert_rows(bank(IDS, ["soft", "few", None] * 3), ["soft", "few", None] * 3)
+
+
 # Adapters that come, go and wait
 
 
@@ -237,6 +372,17 @@ def test_folders_are_read_and_another_base_is_refused(tmp_path):
     assert_rows(bank(IDS, rows), rows, tolerance=1e-6)
 
 
+def test_a_folder_may_hold_any_kind(tmp_path):
+    save_adapter(apply_adapter(base(), ADAPTERS["dora"]), tmp_path / "dora")
+    for name in ("soft", "prefix"):
+        save_prompt(alone(PROMPTS[name]), tmp_path / name)
+    bank = AdapterBank(base(), {name: tmp_path / name for name in ("dora", "soft", "prefix")})
+    rows = ["dora", "soft", "prefix"] * 3
+    assert_rows(bank(IDS, rows), rows, tolerance=1e-6)
+    with pytest.raises(ValueError, match="was trained on another base than this model; force=True"):
+        AdapterBank(base(seed=1), {"soft": tmp_path / "soft"})
+
+
 # Bad input
 
 
@@ -245,11 +391,18 @@ def state(bank: AdapterBank):
     return bank.names, list(bank.resident.items()), bank.running, [type(module) for module in bank.model.modules()]
 
 
-def adapter_of(layer="layers.0.self_attn.q_proj", A=(2, 16), B=(16, 2)) -> Adapter:
-    """Of a layer that fits and is not wrapped yet, and this one."""
+def adapter_of(layer="layers.0.self_attn.q_proj", A=(2, 16), B=(16, 2), m=()) -> Adapter:
+    """Of a layer that fits and is not wrapped yet, and this one. m: of what shape the second's magnitude is, if any."""
     fits, layer = "model.layers.0.mlp.gate_proj", f"model.{layer}"
     A, B = ({fits: torch.ones(good), layer: torch.ones(own)} for good, own in (((2, 16), A), ((24, 2), B)))
-    return Adapter(LoRAConfig(), A, B)
+    magnitude = {} if m == () else {fits: torch.ones(24)} if m is None else {fits: torch.ones(24), layer: torch.ones(m)}
+    return Adapter(LoRAConfig(), A, B, magnitude)
+
+
+def other_prompt(width=8, n=2) -> SoftPrompt:
+    prompt = SoftPrompt(base(), 0)
+    prompt.prompt_embeddings = nn.Parameter(torch.ones(n, width))
+    return prompt
 
 
 NO_NAMES = ["", "a/b", "a\\b", "..", ".", "/", None, 3, ["few"]]
@@ -258,9 +411,9 @@ NO_NAMES = ["", "a/b", "a\\b", "..", ".", "/", None, 3, ["few"]]
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda b: b(IDS[:2], ["few", "fw"]), "no adapter 'fw'; known: few, stable, one"),
-        (lambda b: b.generate([[1]], ["fw"]), "no adapter 'fw'; known: few, stable, one"),
-        (lambda b: b.remove("fw"), "no adapter 'fw'; known: few, stable, one"),
+        (lambda b: b(IDS[:2], ["few", "fw"]), "no adapter 'fw'; known: few, stable, one, soft"),
+        (lambda b: b.generate([[1]], ["fw"]), "no adapter 'fw'; known: few, stable, one, soft"),
+        (lambda b: b.remove("fw"), "no adapter 'fw'; known: few, stable, one, soft"),
         (lambda b: b(IDS[:3], ["one", "few"]), "3 rows and 2 adapters"),
         (lambda b: b.generate([[1], [2]], ["one"]), "2 prompts and 1 adapters"),
         (lambda b: b.generate([[1], []], ["few", None], 4), "prompt 1 is empty"),
@@ -271,12 +424,19 @@ NO_NAMES = ["", "a/b", "a\\b", "..", ".", "/", None, 3, ["few"]]
         (lambda b: b.add("few", adapter_of(A=(2, 15))), r"A \(2, 15\) and B \(16, 2\) for .*q_proj of 16 to 16"),
         (lambda b: b.add("few", adapter_of(A=(3, 16))), r"A \(3, 16\) and B \(16, 2\) for .*q_proj of 16 to 16"),
         (lambda b: b.add("few", adapter_of(B=(15, 2))), r"A \(2, 16\) and B \(15, 2\) for .*q_proj of 16 to 16"),
+        (lambda b: b.add("few", adapter_of(m=(17,))), r"the magnitude \(17,\) for .*q_proj of 16 to 16"),
+        (lambda b: b.add("few", adapter_of(m=None)), "the magnitude None for .*q_proj of 16 to 16"),
+        (lambda b: b.add("few", other_prompt()), "prompt 'few': it has 8 numbers for each virtual token.* needs 16"),
+        (lambda b: b.add("few", other_prompt(16, LIMIT)), "prompt 'few': length is 32; .* 32 positions .* 0 to 31"),
+        (lambda b: b.rows(["soft"]).__enter__(), "'soft' is a prompt, .* use forward or generate"),
+        (lambda b: b(IDS[:2], ["soft", "few"], KVCache()), "does not begin with the prompts of 3 columns"),
+        (lambda b: b.generate([[1] * 25], ["soft"], 5), "prompt 0 has 25 tokens and 5 new ones .* end at 29"),
         (lambda b: b.add("new", __file__), "test_bank.py is a file, not a folder"),
         (lambda b: b.add("few", "no/such/folder"), "no/such/folder is not a folder"),
     ],
 )
 def test_bad_input_is_named_and_changes_nothing(call, message):
-    bank = AdapterBank(base(), {name: ADAPTERS[name] for name in ("few", "stable", "one")}, slots=2)
+    bank = AdapterBank(base(), {name: EVERY[name] for name in ("few", "stable", "one", "soft")}, slots=2)
     bank(IDS[:2], ["stable", "few"])
     before = state(bank)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:

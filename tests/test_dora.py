@@ -25,7 +25,6 @@ from minilora.adapters.dora import DoRALinear
 from minilora.adapters.inject import adapter_parameters, lora_layers
 from minilora.adapters.swap import AdapterShelf
 from minilora.fast import FastLoRALinear
-from minilora.inference.bank import AdapterBank
 from minilora.linear4bit import dequantize_model, quantize_model
 from minilora.train import make_optimizer
 
@@ -229,8 +228,6 @@ def test_what_cannot_hold_a_magnitude_says_so():
     adapter = extract_adapter(random_dora(small_gpt()))
     with pytest.raises(ValueError, match="DoRA"):
         concatenate([adapter], [1.0])
-    with pytest.raises(ValueError, match="DoRA"):
-        AdapterBank(small_gpt(), {"m": adapter})
     shelf = AdapterShelf(model := small_gpt())
     shelf.add("m", adapter)
     shelf.switch("m")

@@ -16,7 +16,7 @@ Letters in the shape comments: B batch, T tokens, V vocab_size.
 """
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ def generate(
     seed: int = 0,
     eos_id: int | Collection[int] | None = None,
     vocab_size: int | None = None,
+    *,
+    new_cache: Callable[[int, Tensor | None], KVCache] | None = None,
+    virtual: Sequence[int] = (),
 ) -> list[list[int]]:
     """Continues each prompt (token ids) by up to `max_new_tokens`; returns the new tokens only, without the end token.
 
@@ -50,13 +53,16 @@ def generate(
 
     model: a GPT, or one behind a SoftPrompt or a PrefixTuning, whose tokens count among the model's positions.
 
+    new_cache, virtual: where rows have prompts of their own, as in an AdapterBank: the cache that they begin with, made
+    from their number and padding, and the virtual tokens of each row in it.
+
     Raises ValueError for an empty prompt, an id outside the vocabulary, more tokens than the model's positions, or a
     sampling setting out of range.
     """
-    check_prompts(model, prompts, max_new_tokens, temperature, top_k, top_p)
+    check_prompts(model, prompts, max_new_tokens, temperature, top_k, top_p, virtual=virtual)
     continuations: list[list[int]] = [[] for _ in prompts]
     if prompts:
-        how = temperature, top_k, top_p, seed, eos_id, vocab_size
+        how = temperature, top_k, top_p, seed, eos_id, vocab_size, new_cache
         for row, token in _new_tokens(model, prompts, max_new_tokens, *how):
             continuations[row].append(token)
     return continuations
@@ -86,7 +92,7 @@ def stream(
 
 @torch.no_grad()
 def _new_tokens(
-    model: GPT | Prompt, prompts, max_new_tokens: int, temperature, top_k, top_p, seed: int, eos_id, vocab_size
+    model: GPT | Prompt, prompts, max_new_tokens, temperature, top_k, top_p, seed, eos_id, vocab_size, new_cache=None
 ) -> Iterator[tuple[int, int]]:
     """The loop: yields (row, token) for every new token of every row that has not ended."""
     device = model.model.embed_tokens.weight.device
@@ -96,7 +102,8 @@ def _new_tokens(
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        cache = model.new_cache(len(prompts), padding) if isinstance(model, Prompt) else KVCache(padding)
+        new_cache = model.new_cache if isinstance(model, Prompt) else new_cache
+        cache = KVCache(padding) if new_cache is None else new_cache(len(prompts), padding)
         for _ in range(max_new_tokens):
             hidden = model.model(ids, cache)  # (B, T, C)
             logits = model.lm_head(hidden[:, -1])  # (B, V): only the last position predicts something new
@@ -157,8 +164,13 @@ def choose_tokens(logits: Tensor, temperature: float, top_k, top_p, generators: 
     return order.gather(1, torch.stack(draws))[:, 0]
 
 
-def check_prompts(model: GPT | Prompt, prompts, max_new_tokens, temperature, top_k, top_p, first: int = 0):
-    """Raises ValueError as `generate` does; the prompts are counted from `first`."""
+def check_prompts(
+    model: GPT | Prompt, prompts, max_new_tokens, temperature, top_k, top_p, first: int = 0, virtual: Sequence[int] = ()
+):
+    """Raises ValueError as `generate` does; the prompts are counted from `first`.
+
+    virtual: of each, its own virtual tokens, beside those that a Prompt as the model has.
+    """
     vocabulary, limit = model.config.vocab_size, model.config.max_position_embeddings
     NEW_TOKENS.check("max_new_tokens", max_new_tokens)
     TEMPERATURE.check("temperature", temperature)
@@ -166,13 +178,13 @@ def check_prompts(model: GPT | Prompt, prompts, max_new_tokens, temperature, top
         TOP_K.check("top_k", top_k)
     if top_p is not None:
         TOP_P.check("top_p", top_p)
-    for number, prompt in enumerate(prompts, first):
+    for number, (prompt, taken) in enumerate(zip(prompts, virtual or [0] * len(prompts), strict=True), first):
         if not prompt:
             raise ValueError(f"prompt {number} is empty; it needs at least one token, such as the begin token")
         for token in prompt:
             if not 0 <= token < vocabulary:
                 known = f"the vocabulary of {vocabulary} (0 to {vocabulary - 1})"
                 raise ValueError(f"prompt {number} holds token id {token}, outside {known}")
-        if len(prompt) + max_new_tokens > limit:
+        if len(prompt) + max_new_tokens > limit - taken:
             wanted = f"{len(prompt)} tokens and {max_new_tokens} new ones are asked for"
-            raise ValueError(f"prompt {number} has {wanted}, but the model's sequences end at {limit}")
+            raise ValueError(f"prompt {number} has {wanted}, but the model's sequences end at {limit - taken}")

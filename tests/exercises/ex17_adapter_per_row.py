@@ -3,7 +3,7 @@
 from mutants import Mutant
 
 SOLUTION = {
-    "inference.bank": """
+    "inference.bank_layers": """
 def widened(old, r):
     new = old.new_zeros(old.shape[0], r, old.shape[2])
     new[:, : old.shape[1]] = old
@@ -23,10 +23,11 @@ class BankedLinear:
             self.A[slot, row] = a
             self.B[slot, row] = b
 
-    def gather(self, slots):
+    def gather(self, slots, r=None):
         self.rows = None
-        if slots is not None:
+        if slots is not None and r != 0:
             self.rows = self.A.index_select(0, slots), self.B.index_select(0, slots)
+            self.rows = tuple(stack[:, :r] for stack in self.rows)
 
     def add(self, x, y):
         A, B = self.rows
@@ -76,6 +77,9 @@ MUTANTS = [
     Mutant("row b gets slot b", "self.A.index_select(0, slots)", "self.A[: len(slots)]", "row b got slot b"),
     Mutant("gather off by one", "self.A.index_select(0, slots)", "self.A[slots - 1]", "slot 0 is the base"),
     Mutant("None ignored", "self.rows = None\n        if", "if", "the batch's rows stay"),
+    Mutant("r ignored", "stack[:, :r]", "stack", "computed for nothing"),
+    Mutant("r of the last", "stack[:, :r]", "stack if r is None else stack[:, -r:]", "A of the rows, of rank 1"),
+    Mutant("r = 0 ignored", " and r != 0", "", "to be None after gather(slots, 0)"),
     Mutant("add: first adapter for all", '"bti,bri->btr", x, A', '"bti,ri->btr", x, A[0]', "the first row's A"),
     Mutant(
         "add: first pair for all",

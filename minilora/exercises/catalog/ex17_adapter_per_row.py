@@ -4,18 +4,18 @@ import torch
 from torch import Tensor, nn
 
 from minilora.exercises.checking import SIZES, Draw, Exercise, expect, require
-from minilora.inference.bank import BankedLinear
+from minilora.inference.bank_layers import BankedLinear
 
 EXERCISE = Exercise(
     number=17,
     slug="adapter_per_row",
     title="A batch in which each row has its own adapter",
     targets=(
-        "inference.bank:BankedLinear.store",
-        "inference.bank:BankedLinear.gather",
-        "inference.bank:BankedLinear.add",
+        "inference.bank_layers:BankedLinear.store",
+        "inference.bank_layers:BankedLinear.gather",
+        "inference.bank_layers:BankedLinear.add",
     ),
-    changes=tuple(f"inference.bank:BankedLinear.{name}" for name in ("store", "gather", "add")),
+    changes=tuple(f"inference.bank_layers:BankedLinear.{name}" for name in ("store", "gather", "add")),
     difficulty=2,
     minutes=45,
     notebook="05_merge_swap_serve",
@@ -33,7 +33,9 @@ and has the scaling in it. Slot 0 is zeros for good: the base.
   grow, and all slots keep what they have; a smaller one is padded with zeros, and nothing of the slot's former adapter
   is left. `None, None` empties the slot. dtype and device of the stacks stay.
 - `gather` is called when a batch begins. It sets `self.rows` to the pair A (batch, r, in), B (batch, r, out) of the
-  batch's rows, a slot perhaps several times; for None, the plain layer again, to None.
+  batch's rows, a slot perhaps several times; for None, the plain layer again, to None. `r`, where it is given, is the
+  largest rank among these rows: the rest of the stacks is zeros for all of them, and is left out. Where it is 0, no row
+  has anything to add.
 - `add` gets x (batch, T, in) and the base's output y (batch, T, out), and returns the sum in y's dtype, whatever the
   stacks and x have. x is never changed. y may be added to in place, but not while gradients are recorded.
 
@@ -44,8 +46,8 @@ The layer's `forward`, already there, calls `add`. The base layer is never chang
         "torch.bmm multiplies (batch, T, in) by (batch, in, r), row by row. To grow a stack, make zeros of the new "
         "shape, copy the old stack into the first r places, and then write the new adapter; F.pad does the first two.",
         "store: grow if A has more rows than self.r; fill the slot of both stacks with 0, then its first rows. gather: "
-        "self.rows = None if slots is None else (self.A[slots], self.B[slots]). add: y + x @ A.transpose(1, 2) @ B, "
-        "with A.to(x.dtype), and what follows .to(y.dtype).",
+        "self.rows = None if slots is None or r == 0 else (self.A[slots, :r], self.B[slots, :r]). add: y + x @ "
+        "A.transpose(1, 2) @ B, with A.to(x.dtype), and what follows .to(y.dtype).",
     ),
     question="One row has an adapter of rank 4, all others rank 16. What does the row of rank 4 compute beside its own "
     "share, why does that not change its output, and what would you do if one adapter of a thousand had rank 256?",
@@ -158,6 +160,13 @@ def gathered(draw: Draw):
         layer.gather(None)
         slip = "the batch's rows stay, and the next one without adapters would go through them"
         require(layer.rows is None, "expected self.rows to be None after gather(None)", case, slip)
+        layer.gather(chosen, 1)
+        slip = "r is the largest rank of these rows: more of the stacks is zeros, and would be computed for nothing"
+        found = [stack.shape[1] for stack in layer.rows]
+        require(found == [1, 1], f"gather(slots, 1): expected stacks of rank 1, got {found}", case, slip)
+        expect(layer.rows[0], layer.A[chosen, :1], case, what="A of the rows, of rank 1")
+        layer.gather(chosen, 0)
+        require(layer.rows is None, "expected self.rows to be None after gather(slots, 0)", case)
 
 
 @EXERCISE.property("add: y + B (A x), each row with its own A and B")

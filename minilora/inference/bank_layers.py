@@ -1,0 +1,107 @@
+"""A linear layer that many adapters share: one product for all rows of a batch, and two small ones for each.
+
+    y_b = g_b ⊙ (W x_b + B_b (A_b x_b)) + bias        for row b with its own adapter, s folded into B
+
+The layer keeps its adapters in slots, A (slots, r, in) and B (slots, r, out). When a batch begins, each row's pair is
+gathered once, (batch, r, in) and (batch, r, out). Every forward pass is then one product with W, which is read once for
+all rows, and two batched thin ones. The cost depends on the rows, not on how many adapters are resident.
+
+Slot 0 holds zeros: the row without an adapter. A smaller rank is padded with zeros up to the largest in the batch.
+
+g is DoRA's m / ‖W + s·BA‖, one number for each output, computed when an adapter comes into its slot; it is 1 for all
+other rows, and no layer multiplies by it as long as no row of the batch is DoRA's.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minilora.linear4bit import Linear4bit
+from minilora.quant import dequantize
+
+
+class BankedLinear(nn.Module):
+    """A frozen linear layer, float or in 4 bits, and its slots. x (batch, T, in) -> (batch, T, out), or both without T.
+
+    Outside a batch, and in one that leaves this layer alone, it is the frozen layer.
+    """
+
+    A: Tensor  # (slots, r, in)
+    B: Tensor  # (slots, r, out), s·Bᵀ of each adapter
+    g: Tensor | None  # (slots, out); None as long as no adapter here was DoRA's
+
+    def __init__(self, base_layer, slots: int, device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        for name, features in (("A", self.in_features), ("B", self.out_features)):
+            self.register_buffer(name, torch.zeros(slots, 0, features, device=device, dtype=dtype), persistent=False)
+        self.register_buffer("g", None, persistent=False)
+        self.rows: tuple[Tensor, Tensor] | None = None  # A (batch, r, in) and B (batch, r, out) of the batch's rows
+        self.row_g: Tensor | None = None  # their g, (batch, 1, out)
+        self.train(base_layer.training)
+
+    @property
+    def r(self) -> int:
+        return self.A.shape[1]
+
+    def store(self, slot: int, A: Tensor | None, B: Tensor | None):
+        """Puts A (r, in) and s·Bᵀ (r, out) into a slot; None, None: zeros. Both stacks grow with the largest rank."""
+        r = 0 if A is None else len(A)
+        if r > self.r:
+            self.A, self.B = (F.pad(stack, (0, 0, 0, r - self.r)) for stack in (self.A, self.B))
+        for stack, factor in ((self.A, A), (self.B, B)):
+            stack[slot, r:] = 0
+            if factor is not None:
+                stack[slot, :r] = factor
+
+    def store_g(self, slot: int, g: Tensor | None):
+        """Puts DoRA's g (out,) into a slot; None: ones."""
+        if g is not None and self.g is None:
+            self.g = self.B.new_ones(len(self.B), self.out_features)
+        if self.g is not None:
+            self.g[slot] = 1 if g is None else g
+
+    def gather(self, slots: Tensor | None, r: int | None = None):
+        """Picks each row's A and B by slots (batch,), of each the first r; None: the layer is plain again."""
+        if slots is None or r == 0 or self.r == 0:
+            self.rows = None
+        else:
+            self.rows = self.A[:, :r].index_select(0, slots), self.B[:, :r].index_select(0, slots)
+
+    def gather_g(self, slots: Tensor | None):
+        """Picks each row's g by slots (batch,); None: no row is DoRA's."""
+        self.row_g = None if slots is None or self.g is None else self.g[slots][:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base_layer(x)
+        if self.rows is None:
+            return y
+        if x.dim() == 2:
+            return self.scale(self.add(x[:, None], y[:, None]))[:, 0]
+        return self.scale(self.add(x, y))
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """x (batch, T, in), y (batch, T, out) -> y + B (A x), each row with its own."""
+        assert self.rows is not None
+        A, B = self.rows
+        h = torch.bmm(x, A.transpose(1, 2).to(x.dtype))  # (batch, T, r)
+        # In place where no gradients are kept: y is this layer's own, and a second array of its size is half the cost.
+        add = torch.baddbmm if torch.is_grad_enabled() else Tensor.baddbmm_
+        return add(y, h.to(y.dtype), B.to(y.dtype))
+
+    def scale(self, y: Tensor) -> Tensor:
+        """g ⊙ (y - bias) + bias, each row (T, out) with its own g; where g is 1, y to the last bit."""
+        if self.row_g is None:
+            return y
+        g, bias = self.row_g.to(y.dtype), self.base_layer.bias
+        return y * g if bias is None else torch.addcmul(bias.to(y.dtype) * (1 - g), y, g)
+
+
+@torch.no_grad()
+def norms(layer: nn.Linear | Linear4bit, A: Tensor, B: Tensor) -> Tensor:
+    """‖W + s·BA‖ of each row of the layer's W, (out,), in float32 at least. A (r, in), and s·Bᵀ as B (r, out)."""
+    dtype = torch.promote_types(layer.dtype if isinstance(layer, Linear4bit) else layer.weight.dtype, torch.float32)
+    W = dequantize(layer.quantized, dtype) if isinstance(layer, Linear4bit) else layer.weight.to(dtype)  # (out, in)
+    with torch.autocast(W.device.type, enabled=False):
+        return torch.addmm(W, B.T.to(W), A.to(W)).norm(dim=1)
