@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from test_bank import ADAPTERS, LIMIT, VOCABULARY, alone, base, logits
+from test_bank import ADAPTERS, EVERY, LIMIT, VOCABULARY, alone, base, logits
 
 from minilora.inference.bank import AdapterBank
 from minilora.inference.generate import generate
@@ -71,6 +71,30 @@ def test_samples_are_those_of_one_batch_of_all(bank, settings, batch_size):
     want = bank.generate([r.prompt for r in requests], [r.adapter for r in requests], 10, **settings)
     found = dict(serve(bank, requests, batch_size, **settings))
     assert [found[number] for number in range(len(requests))] == want
+
+
+PROMPTED = [
+    Request(torch.randint(VOCABULARY, (length,), generator=RANDOM).tolist(), adapter, new)
+    for length, adapter, new in (
+        *[(3, "soft", 9), (7, None, 2), (1, "prefix", 12), (5, "few", 1), (12, "short", 2), (20, "dora", 12)],
+        *[(1, "prefix", 5), (1, None, 12), (15, "prefix", 12), (20, "all", 12), (2, "soft", 4), (LIMIT - 4, None, 4)],
+    )
+]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 50])
+def test_rows_with_prompts_come_and_go_among_others(batch_size):
+    for number, tokens in serve(AdapterBank(base(), EVERY), PROMPTED, batch_size):
+        request = PROMPTED[number]
+        expected = generate(alone(EVERY.get(request.adapter or "")), [request.prompt], request.max_new_tokens)[0]
+        assert tokens == expected, f"request {number}, {request}"
+
+
+def test_a_prompt_s_virtual_tokens_count_among_the_positions():
+    bank = AdapterBank(base(), EVERY)
+    list(serve(bank, [Request([1] * (LIMIT - 5 - 3), "prefix", 3)]))
+    with pytest.raises(ValueError, match=f"prompt 1 has {LIMIT - 7} tokens and 3 .* sequences end at {LIMIT - 5}"):
+        serve(bank, [Request([1], "prefix", 3), Request([1] * (LIMIT - 7), "prefix", 3)])
 
 
 @pytest.mark.parametrize(("requests", "batch_size"), [(REQUESTS, 3), (REQUESTS, 50), (SKEWED, 4)])
@@ -188,6 +212,14 @@ def test_keep_takes_rows_and_cuts_what_is_padding_in_all(rows):
     assert contents(kept) == [before[row] for row in rows]
     assert len(kept) == max([[2, 4, 7, 3][row] for row in rows], default=0)
     assert contents(cache) == before and len(cache) == 8, "the cache itself was changed"
+
+
+def test_keep_cuts_between_a_prompt_and_a_text():
+    cache = random_cache([5, 3, 6], 6)
+    cache.padding[0, 2:4] = cache.padding[2, 3] = cache.padding[2, 0] = True  # . p . . x x | . . . x x x | . p p . x x
+    kept = keep(cache, [0, 2])
+    assert (~kept.padding).int().tolist() == [[1, 0, 1, 1], [1, 1, 1, 1]], f"padding: {kept.padding}"
+    assert torch.equal(kept.layers[1][0], cache.layers[1][0][[0, 2]][:, :, [1, 2, 4, 5]])
 
 
 def test_more_adapters_than_slots_wait_for_one():

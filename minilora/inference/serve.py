@@ -64,8 +64,9 @@ def serve(
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1")
     for number, request in enumerate(requests):
-        check_prompts(bank.model, [request.prompt], request.max_new_tokens, temperature, top_k, top_p, number)
         bank.check_known(request.adapter)
+        how = request.max_new_tokens, temperature, top_k, top_p
+        check_prompts(bank.model, [request.prompt], *how, number, [bank.virtual_tokens(request.adapter)])
     return _run(bank, requests, batch_size, temperature, top_k, top_p, seed, end_ids(eos_id), vocab_size)
 
 
@@ -103,7 +104,7 @@ def _run(bank: AdapterBank, requests, batch_size: int, temperature, top_k, top_p
                 step(rows, torch.tensor([row.tokens[-1:] for row in rows], device=bank.device), cache)
             if new:
                 ids, padding = left_pad([row.request.prompt for row in new], bank.device)
-                own = KVCache(padding)
+                own = bank.new_cache([row.request.adapter for row in new], padding)
                 step(new, ids, own)
                 rows, cache = rows + new, join(cache, own) if rows else own
             bank.running = [row.request.adapter for row in rows]  # in use, for those who ask between two answers
@@ -140,8 +141,10 @@ def join(first: KVCache, second: KVCache) -> KVCache:
 def keep(cache: KVCache, rows: list[int]) -> KVCache:
     """These rows of the cache alone, without the columns that are padding in all of them."""
     padding = padding_of(cache)[rows]
-    cut = int(padding.int().sum(1).min()) if rows else len(cache)
-    return KVCache(padding[:, cut:], {n: (k[rows, :, cut:], v[rows, :, cut:]) for n, (k, v) in cache.layers.items()})
+    used = ~padding.all(0)  # not the first columns alone: padding also stands between a prompt of the bank and a text
+    return KVCache(
+        padding[:, used], {n: (k[rows][:, :, used], v[rows][:, :, used]) for n, (k, v) in cache.layers.items()}
+    )
 
 
 def padding_of(cache: KVCache) -> Tensor:
