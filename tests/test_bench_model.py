@@ -13,6 +13,7 @@ from minilora.experiments import bench, bench_model, bench_ratios, peers
 from minilora.experiments.bench import BenchSettings
 from minilora.experiments.bench_model import FORMATS, english_rows, format_model_bench, resident_set, run_model_bench
 from minilora.experiments.bench_ratios import LossOfAllLogits, ModelBenchSettings
+from minilora.inference.bank import AdapterBank
 from minilora.linear4bit import quantize_model
 from minilora.rows import counted_places
 from minilora.train import evaluate_loss, next_token_targets
@@ -27,6 +28,8 @@ OURS = {  # by claim, the bar
     "decoding 1, bfloat16 over float32": None,
     "decoding 3, adapter apart over merged": 1.25,
     "decoding 3, bfloat16 over float32": None,
+    "one token, 2 rows, 2 of 5 adapters, over base": 1.15,
+    "generation, 2 rows, 2 of 5 adapters, over base": 1.15,
 }
 THEIRS = {
     "step, LoRA over PEFT's": 0.6,
@@ -39,7 +42,9 @@ THEIRS = {
 @pytest.fixture(scope="module")
 def settings(base_folder):
     sizes = dict(batch_size=2, sequence_length=32, counted_tokens=8, r=2, prompt_length=6, new_tokens=5)
-    sizes |= dict(decoded_rows=(1, 3), text_rows=4, text_length=32, rounds=1, threads=1, progress=False)
+    sizes |= dict(
+        served_rows=2, resident=5, decoded_rows=(1, 3), text_rows=4, text_length=32, rounds=1, threads=1, progress=False
+    )
     return ModelBenchSettings(base=base_folder.directory, **sizes)
 
 
@@ -121,6 +126,24 @@ def test_decoding_takes_as_many_rows_and_tokens_as_it_says(settings, monkeypatch
     monkeypatch.setattr(bench_ratios, "measure", measure)
     bench_ratios.decoding(settings)
     assert taken == {(1, 5), (3, 5, 5, 5)}, f"1 and 3 rows of 5 new tokens, not {taken}"
+
+
+def test_the_bank_serves_what_its_rows_say(settings, monkeypatch):
+    """All adapters are resident, each row has another, and both sides decode the same tokens."""
+    taken, chosen = [], []
+
+    def measure(actions, *_, **__):
+        taken.append([action() for action in actions.values()])
+        return []
+
+    select = AdapterBank.select
+    monkeypatch.setattr(AdapterBank, "select", lambda bank, names: (chosen.append((bank, names)), select(bank, names)))
+    monkeypatch.setattr(bench_ratios, "measure", measure)
+    bench_ratios.serving(settings)
+    assert taken[0] == [None, None] and [len(row) for row in taken[1][0]] == [5, 5]
+    assert taken[1][0] == taken[1][1], "an adapter whose B is 0 says what the base says"
+    last = [names for _, names in chosen if names][-1]
+    assert len(set(last)) == 2 and set(chosen[-1][0].resident) == set(chosen[-1][0].names), last
 
 
 def test_losses_are_those_of_the_model_in_each_format(measured, settings, base_folder):

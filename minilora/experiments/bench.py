@@ -192,6 +192,20 @@ def quantization(settings: BenchSettings) -> list[BenchRow]:
     return rows
 
 
+def one_token(model: nn.Module, ids: Tensor) -> Callable[[], None]:
+    """A function that computes one token more for each row of ids (B, T), always the same one. Call it without
+    gradients."""
+    cache = KVCache()
+    model(ids, cache)
+    before = dict(cache.layers)
+
+    def decode():
+        model(ids[:, :1], cache)
+        cache.layers = dict(before)
+
+    return decode
+
+
 def serving(settings: BenchSettings) -> list[BenchRow]:
     """A batch in which each row has its own adapter, against the base alone; many resident adapters, against few."""
 
@@ -208,23 +222,15 @@ def serving(settings: BenchSettings) -> list[BenchRow]:
     ids = settings.random_ids(rows, settings.sequence_length // 4)
     prompts, length = ids[:, : ids.shape[1] // 4].tolist(), settings.sequence_length // 16
     base, few, many = settings.build_model().eval(), bank_of(rows), bank_of(16 * rows)
-    names, base_cache, bank_cache, each = few.names, KVCache(), KVCache(), f"{rows} rows, {rows} adapters"
-
-    def decode(model: nn.Module, cache: KVCache):
-        before = dict(cache.layers)
-        model(ids[:, :1], cache)
-        cache.layers = before  # so that each call decodes the same token
+    names, each = few.names, f"{rows} rows, {rows} adapters"
 
     def row(claim: str, first: Callable, second: Callable, bar: float) -> list[BenchRow]:
         return measure({"first": first, claim: second}, settings, {claim: bar}, counted=False)
 
     with torch.no_grad():
         result = row(f"forward, {each}", lambda: base(ids), lambda: few(ids, names), 1.25)
-        base(ids, base_cache)
         with few.rows(names) as model:
-            model(ids, bank_cache)
-            one = lambda: decode(base, base_cache), lambda: decode(model, bank_cache)
-            result += row(f"one token, {each}", *one, 1.8)
+            result += row(f"one token, {each}", one_token(base, ids), one_token(model, ids), 1.8)
         texts = lambda: generate(base, prompts, length), lambda: few.generate(prompts, names, length)
         result += row(f"generation, {each}", *texts, 1.6)
         resident = f"forward, {16 * rows} resident over {rows}"

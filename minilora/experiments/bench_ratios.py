@@ -3,6 +3,9 @@
 A step is of instruction data: 8 rows of 96 tokens, of which the last 24 count. With SmolLM2's vocabulary of 49,152 the
 logits of all 96 cost more than many a layer, and the loop makes those that count. The peers make all of them. Greedy
 decoding continues a prompt of 32 tokens by exactly 32, on every side.
+
+A bank's batch cannot cost what the base's costs: each row reads an A and a B of its own. On SmolLM2 at r = 8 those of
+16 rows are 156 MB beside 538 MB of weights, and a token waits for memory as much as for arithmetic.
 """
 
 import gc
@@ -15,11 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minilora.adapters.adapter import extract_adapter
 from minilora.adapters.inject import apply_lora, merge_lora
 from minilora.config import LoRAConfig
 from minilora.experiments import peers
-from minilora.experiments.bench import BenchRow, measure, step_of
+from minilora.experiments.bench import BenchRow, measure, one_token, step_of
 from minilora.experiments.timing import Timing
+from minilora.inference.bank import AdapterBank
 from minilora.inference.generate import generate
 from minilora.model import GPT
 from minilora.storage.config import load_config
@@ -43,6 +48,8 @@ class ModelBenchSettings(Timing):
     prompt_length: int = 32
     new_tokens: int = 32
     decoded_rows: tuple[int, ...] = (1, 16)
+    served_rows: int = 16  # of a batch in which each row has an adapter of its own
+    resident: int = 64  # adapters in the bank that serves it
     text_rows: int = 16
     text_length: int = 256
 
@@ -131,6 +138,28 @@ def decoder(model: GPT, rows: int, settings: ModelBenchSettings) -> Callable[[],
     return lambda: generate(model, prompts, settings.new_tokens)
 
 
+def serving(settings: ModelBenchSettings) -> list[BenchRow]:
+    """A bank whose rows have an adapter each, over the base alone: one token, and a text from its prompt to its end."""
+    base, names = settings.load().eval(), [f"adapter {number}" for number in range(settings.resident)]
+    adapter = extract_adapter(settings.load_lora())  # one for all: its numbers do not matter
+    bank, rows = AdapterBank(settings.load(), dict.fromkeys(names, adapter), settings.resident), settings.served_rows
+    for first in range(0, settings.resident, rows):  # all of them into their slots
+        bank.forward(torch.zeros(len(names[first : first + rows]), 1, dtype=torch.int64), names[first : first + rows])
+    ids, each = settings.random_ids(rows, settings.prompt_length), names[:: settings.resident // rows][:rows]
+    prompts, claim = ids.tolist(), f"{rows} rows, {rows} of {settings.resident} adapters, over base"
+
+    def row(claim: str, first: Callable, second: Callable) -> list[BenchRow]:
+        return measure({"base": first, claim: second}, settings, {claim: 1.15}, counted=False)
+
+    with torch.no_grad(), bank.rows(each) as model:
+        result = row(f"one token, {claim}", one_token(base, ids), one_token(model, ids))
+    texts = (
+        lambda: generate(base, prompts, settings.new_tokens),
+        lambda: bank.generate(prompts, each, settings.new_tokens),
+    )
+    return result + row(f"generation, {claim}", *texts)
+
+
 @peers.quiet()
 def steps_over_peers(settings: ModelBenchSettings) -> list[BenchRow]:
     """Our LoRA step over PEFT's and over transformers' full step; no rows where these are not installed."""
@@ -165,4 +194,4 @@ def decoding_over_peers(settings: ModelBenchSettings) -> list[BenchRow]:
     return rows
 
 
-CLAIMS = (training_steps, steps_over_peers, precisions, decoding, decoding_over_peers)  # settings in, rows out
+CLAIMS = (training_steps, steps_over_peers, precisions, decoding, decoding_over_peers, serving)  # settings in, rows out
