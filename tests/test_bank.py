@@ -12,7 +12,7 @@ from minilora.adapters.inject import adapter_parameters, apply_lora
 from minilora.adapters.prompts import PrefixTuning, Prompt, SoftPrompt
 from minilora.config import LoRAConfig
 from minilora.inference.bank import AdapterBank
-from minilora.inference.bank_layers import BankedLinear, norms
+from minilora.inference.bank_layers import BankedLinear, common_rank, norms
 from minilora.inference.generate import generate
 from minilora.linear4bit import quantize_model
 from minilora.model import GPT, GPTConfig, KVCache
@@ -210,17 +210,45 @@ def test_with_gradients_the_graph_is_whole_and_nothing_is_overwritten(bank):
 
 
 def test_only_the_ranks_in_the_batch_are_computed(bank):
-    """The largest rank among all that are resident costs nothing where no row has it."""
+    """The largest rank among all that are resident costs nothing where no row has it, nor does a row without any."""
     bank(IDS, ROWS)  # all of them into their slots
+
+    def work(name: str) -> int:
+        layer = bank.layers[f"model.layers.0.{name}"]
+        products = ([] if layer.rows is None else [layer.rows]) + ([] if layer.rest is None else [layer.rest[1:]])
+        assert all(len(A) and A.shape[1] for A, _ in products), f"an empty product in {name}"
+        return sum(len(A) * A.shape[1] for A, _ in products)
+
     for names, q, down in (
         (["few", None, "one"], 2, 0),
         (["stable", "few", None], 2, 3),
-        (["dora", "few", None], 8, 8),
+        (["dora", "few", None], 3 * 2 + 6, 8),
+        (["all", "few", "few"], 3 * 5, 5),  # at half the work and more, one product
     ):
         with bank.rows(names):
-            layers = [bank.layers[f"model.layers.0.{name}"] for name in ("self_attn.q_proj", "mlp.down_proj")]
-            ranks = [0 if layer.rows is None else layer.rows[0].shape[1] for layer in layers]
-        assert ranks == [q, down], f"{names} need ranks {q} and {down} in q_proj and down_proj, and these have {ranks}"
+            found = work("self_attn.q_proj"), work("mlp.down_proj")
+        assert found == (q, down), f"{names}: rows times ranks in q_proj and down_proj are {found}, not {(q, down)}"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "common"),
+    [([8] * 16, 8), ([8] * 15 + [64], 8), ([0] * 15 + [8], 0), ([8, 16] * 8, 16), ([1, 64], 64), ([0, 0], 0), ([], 0)],
+)
+def test_rows_are_computed_together_up_to_the_rank_that_at_least_halves_the_work(ranks, common):
+    assert common_rank(ranks) == common
+
+
+def test_a_row_of_a_large_rank_stands_among_small_ones():
+    adapters = {"wide": random_adapter(9, r=8, target_modules="all-linear"), "one": ADAPTERS["one"]}
+    names = ["one", "one", "wide", None, "one", None, "wide", "one", None]
+    bank = AdapterBank(base(), adapters)
+    assert_rows(bank(IDS, names), names, adapters=adapters)
+    x = IDS[:, :1]
+    assert_rows(bank(x, names), names, adapters=adapters, ids=x)
+    assert bank.generate([[1], [2, 3], [4]], ["one", "wide", None], 5) == [
+        generate(alone(adapters.get(name)), [text], 5)[0]
+        for name, text in (("one", [1]), ("wide", [2, 3]), (None, [4]))
+    ]
 
 
 def test_rows_are_scaled_only_beside_one_of_dora(bank):

@@ -29,6 +29,7 @@ from torch import Tensor
 from minilora.adapters.adapter import Adapter
 from minilora.adapters.inject import linear_layers, lora_layers
 from minilora.adapters.prompts import Prompt
+from minilora.config import LoRAConfig
 from minilora.inference.bank_layers import BankedLinear, norms
 from minilora.inference.bank_prompts import keys_values, mixed_cache
 from minilora.inference.generate import generate
@@ -41,6 +42,7 @@ from minilora.storage.peft import peft_type
 from minilora.storage.prompts import PROMPTS, load_prompt
 
 AnyAdapter = Adapter | Prompt  # LoRA, rsLoRA and DoRA of any rank; a SoftPrompt or a PrefixTuning
+NONE = Adapter(LoRAConfig(), {}, {})
 
 
 class AdapterBank:
@@ -175,15 +177,16 @@ class AdapterBank:
         if names is None:
             self.running = None
             for layer in self.layers.values():
-                layer.gather(None)
+                layer.end()
             return
         self.check_known(*names)
         slots = torch.tensor(self._page_in(names), dtype=torch.int64, device=self.device)
         self.running = list(names)
-        used = [adapter for name in {*names} if isinstance(adapter := self.adapters.get(name or ""), Adapter)]
+        adapters = [self.adapters.get(name or "") for name in names]
+        loras = [adapter if isinstance(adapter, Adapter) else NONE for adapter in adapters]
         for name, layer in self.layers.items():
-            layer.gather(slots, max((len(adapter.A[name]) for adapter in used if name in adapter.A), default=0))
-            layer.gather_g(slots if any(name in adapter.magnitude for adapter in used) else None)
+            ranks = [len(adapter.A.get(name, ())) for adapter in loras]
+            layer.begin(slots, ranks, scaled=any(name in adapter.magnitude for adapter in loras))
 
     def virtual_tokens(self, name: str | None) -> int:
         """The positions that the prompt of this name takes in front of its row: 0 for LoRA, and for None."""
@@ -222,14 +225,14 @@ class AdapterBank:
     @contextmanager
     def _base_alone(self) -> Iterator[None]:
         """Inside, the model is the base, also while a batch is under way."""
-        rows = {layer: layer.rows for layer in self.layers.values()}
+        batch = {layer: (layer.rows, layer.rest) for layer in self.layers.values()}
         try:
-            for layer in rows:
-                layer.rows = None
+            for layer in batch:
+                layer.rows = layer.rest = None
             yield
         finally:
-            for layer, own in rows.items():
-                layer.rows = own
+            for layer, (rows, rest) in batch.items():
+                layer.rows, layer.rest = rows, rest
 
     def _page_in(self, names: Sequence[str | None]) -> list[int]:
         """The slot of each row's adapter; those that are not resident take a free slot, or that of the least recent."""

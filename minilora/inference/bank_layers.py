@@ -6,7 +6,8 @@ The layer keeps its adapters in slots, A (slots, r, in) and B (slots, r, out). W
 gathered once, (batch, r, in) and (batch, r, out). Every forward pass is then one product with W, which is read once for
 all rows, and two batched thin ones. The cost depends on the rows, not on how many adapters are resident.
 
-Slot 0 holds zeros: the row without an adapter. A smaller rank is padded with zeros up to the largest in the batch.
+Slot 0 holds zeros: the row without an adapter. A smaller rank is padded with zeros, unless that more than doubles the
+work: then the ranks beyond are a second, smaller product of the rows that have them.
 
 g is DoRA's m / ‖W + s·BA‖, one number for each output, computed when an adapter comes into its slot; it is 1 for all
 other rows, and no layer multiplies by it as long as no row of the batch is DoRA's.
@@ -38,7 +39,9 @@ class BankedLinear(nn.Module):
             self.register_buffer(name, torch.zeros(slots, 0, features, device=device, dtype=dtype), persistent=False)
         self.register_buffer("g", None, persistent=False)
         self.rows: tuple[Tensor, Tensor] | None = None  # A (batch, r, in) and B (batch, r, out) of the batch's rows
-        self.row_g: Tensor | None = None  # their g, (batch, 1, out)
+        # Where few rows have a larger rank: which, (k,), and of the ranks beyond A (k, r, in) and B (k, r, out).
+        self.rest: tuple[Tensor, Tensor, Tensor] | None = None
+        self.row_g: Tensor | None = None  # each row's g, (batch, 1, out); None where no row is DoRA's
         self.train(base_layer.training)
 
     @property
@@ -69,17 +72,36 @@ class BankedLinear(nn.Module):
         else:
             self.rows = self.A[:, :r].index_select(0, slots), self.B[:, :r].index_select(0, slots)
 
-    def gather_g(self, slots: Tensor | None):
-        """Picks each row's g by slots (batch,); None: no row is DoRA's."""
-        self.row_g = None if slots is None or self.g is None else self.g[slots][:, None]
+    def begin(self, slots: Tensor, ranks: list[int], scaled: bool):
+        """Row b of the batch to come has the adapter in slots[b], of rank ranks[b]. scaled: whether any is DoRA's."""
+        common = common_rank(ranks)
+        self.gather(slots, common)
+        higher = torch.tensor([row for row, r in enumerate(ranks) if r > common], dtype=torch.int64)
+        self.rest = None
+        if len(higher):
+            rows = higher.to(slots.device)
+            A, B = (stack[:, common : max(ranks)].index_select(0, slots[rows]) for stack in (self.A, self.B))
+            self.rest = rows, A, B
+        self.row_g = self.g[slots][:, None] if scaled and self.g is not None else None
+
+    def end(self):
+        """The layer is plain again."""
+        self.gather(None)
+        self.rest = self.row_g = None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
-        if self.rows is None:
+        if self.rows is None and self.rest is None:
             return y
-        if x.dim() == 2:
-            return self.scale(self.add(x[:, None], y[:, None]))[:, 0]
-        return self.scale(self.add(x, y))
+        return self.adapt(x, y) if x.dim() == 3 else self.adapt(x[:, None], y[:, None])[:, 0]
+
+    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
+        """The base's y (batch, T, out) with what each row adds to it, and then DoRA's g."""
+        if self.rows is not None:
+            y = self.add(x, y)
+        if self.rest is not None:
+            y = self.add_rest(x, y)
+        return y if self.row_g is None else self.scale(y)
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """x (batch, T, in), y (batch, T, out) -> y + B (A x), each row with its own."""
@@ -90,12 +112,34 @@ class BankedLinear(nn.Module):
         add = torch.baddbmm if torch.is_grad_enabled() else Tensor.baddbmm_
         return add(y, h.to(y.dtype), B.to(y.dtype))
 
+    def add_rest(self, x: Tensor, y: Tensor) -> Tensor:
+        """The same for the ranks that only some rows have."""
+        assert self.rest is not None
+        rows, A, B = self.rest
+        h = torch.bmm(x[rows], A.transpose(1, 2).to(x.dtype))  # (k, T, the ranks beyond)
+        add = torch.index_add if torch.is_grad_enabled() else Tensor.index_add_
+        return add(y, 0, rows, torch.bmm(h.to(y.dtype), B.to(y.dtype)))
+
     def scale(self, y: Tensor) -> Tensor:
         """g ⊙ (y - bias) + bias, each row (T, out) with its own g; where g is 1, y to the last bit."""
-        if self.row_g is None:
-            return y
+        assert self.row_g is not None
         g, bias = self.row_g.to(y.dtype), self.base_layer.bias
         return y * g if bias is None else torch.addcmul(bias.to(y.dtype) * (1 - g), y, g)
+
+
+def common_rank(ranks: list[int]) -> int:
+    """The rank up to which all rows are computed together; the rest is a smaller product of the rows that have more.
+
+    It is the largest, a single product, unless another at least halves the work: rows without an adapter beside few
+    with one, or one of rank 64 among those of rank 8.
+    """
+    largest = max(ranks, default=0)
+
+    def work(common: int) -> int:
+        return len(ranks) * common + sum(r > common for r in ranks) * (largest - common)
+
+    best = min({0, *ranks}, key=work)
+    return best if 2 * work(best) <= work(largest) else largest
 
 
 @torch.no_grad()
