@@ -66,11 +66,11 @@ BYTES = Study(
     {"bytes": Arm(None)},
     {
         scale: Plan("random numbers", steps=0, seeds=1, minutes=minutes, settings={"variants": VARIANTS})
-        for scale, minutes in (("tiny", 0.2), ("smollm2", 1))
+        for scale, minutes in (("tiny", 0.2), ("smollm2", 1.5))
     },
     bytes_of_variants,
     chosen_by="",
-    figure=bars(["models, MB", "one base and adapters, MB"], "MB of files, logarithmic", log=True),
+    figure=bars(["models, MB", "one base and adapters, MB"], "MB of files"),
 )
 
 # Time
