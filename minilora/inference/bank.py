@@ -42,14 +42,14 @@ from minilora.storage.peft import peft_type
 from minilora.storage.prompts import PROMPTS, load_prompt
 
 AnyAdapter = Adapter | Prompt  # LoRA, rsLoRA and DoRA of any rank; a SoftPrompt or a PrefixTuning
-NONE = Adapter(LoRAConfig(), {}, {})
+NONE = Adapter(LoRAConfig(), {}, {})  # of a row without a LoRA adapter
 
 
 class AdapterBank:
     """Serves a plain model with many adapters. The model's adapted layers are wrapped; outside a batch it is the base.
 
-    adapters: by name, an `Adapter` (kept, not copied), a SoftPrompt or a PrefixTuning, which keep the numbers that they
-    have then, or the folder of a saved one. slots: adapters resident at a time; prompts need none.
+    adapters: by name, an `Adapter` (kept, not copied), a SoftPrompt or a PrefixTuning (as it is when added), or the
+    folder of a saved one. slots: adapters resident at a time; prompts need none.
 
     Raises ValueError for a model with LoRA layers or in another bank, and as `add` does; the model then stays plain.
     """
@@ -225,7 +225,7 @@ class AdapterBank:
     @contextmanager
     def _base_alone(self) -> Iterator[None]:
         """Inside, the model is the base, also while a batch is under way."""
-        batch = {layer: (layer.rows, layer.rest) for layer in self.layers.values()}
+        batch = {layer: (layer.rows, layer.rest) for layer in self.layers.values()}  # without both a layer is plain
         try:
             for layer in batch:
                 layer.rows = layer.rest = None
