@@ -14,14 +14,14 @@ from pathlib import Path
 from minilora.command import Parser, a_name, a_path, number, run_command
 from minilora.exercises import attempts
 from minilora.exercises.catalog import EXERCISES
-from minilora.exercises.checking import Exercise
+from minilora.exercises.checking import Exercise, brief
 from minilora.exercises.classroom import release as release_package
 from minilora.exercises.grading import grade as grade_class
 from minilora.exercises.runner import LIMIT, Result, run
 from minilora.exercises.source import definition, is_released, read_module
 from minilora.ranges import SECONDS, SEED
 
-BAR = 20  # characters
+BAR, LINE = 20, 109  # characters
 
 
 def chosen(options) -> Exercise:
@@ -61,7 +61,7 @@ def check(options) -> int:
         return 2
     number = secrets.randbelow(10**6) if options.seed is None else options.seed
     digest = attempts.digest(exercise, options.work)  # of what is checked: the file may change meanwhile
-    results, printed = run(options.work, [exercise.number], [number], limit=options.time_limit)
+    results, printed = run(options.work, [exercise.number], [number], None, options.time_limit, stop=True, fork=True)
     result = results[exercise.number]
     if not result.attempted:
         print(f"not attempted: {', '.join(exercise.files.values())} still holds only stubs")
@@ -84,17 +84,29 @@ def check(options) -> int:
 
 
 def tell(result: Result):
-    """A line per property, and below one that fails: on what, and the likely slip."""
+    """A line per property. Of the first that fails all there is to say: on what, and the likely slip; of each further
+    one a line, for most follow from the first."""
     extra = [statement for statement in result.outcomes if statement not in result.statements]
+    first: dict = {}
     for statement in [*extra, *result.statements]:
         fault = result.outcomes.get(statement)
         print(f"  {'not run' if fault is None else 'WRONG' if fault else 'ok':8} {statement}")
-        if fault:
+        if fault and first:
+            print(f"           {in_a_line(fault, first)}")
+        elif fault:
+            first = fault
             print(f"           {fault['message']}")
             if fault.get("case"):
                 print(f"           on {fault['case']}")
             if fault.get("slip"):
                 print(f"           likely: {fault['slip']}")
+
+
+def in_a_line(fault: dict, first: dict) -> str:
+    """A fault behind the first one, in short."""
+    if (fault.get("slip") and fault["slip"] == first.get("slip")) or fault["message"] == first["message"]:
+        return "the same as above"
+    return brief(f"likely: {fault['slip']}" if fault.get("slip") else fault["message"], LINE)
 
 
 def hint(options) -> int:

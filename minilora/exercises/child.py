@@ -12,6 +12,7 @@ import os
 import runpy
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +29,9 @@ from minilora.exercises.student import TooLong
 ENDS = 2  # times that an exercise may end the student's process before the rest of it is given up
 
 
-def check(exercise: Exercise, properties: dict[str, Callable], folder: Path, seeds: list[int], limit: float, say):
+def check(exercise: Exercise, properties: dict[str, Callable], folder: Path, job: dict, say):
     """Says how each property of one exercise fares, for the first of the seeds that refutes it."""
+    seeds, limit = job["seeds"], job["limit"]
     names: dict[str, str] = {}
     remote = Remote(exercise, folder, limit)
     try:
@@ -49,9 +51,10 @@ def check(exercise: Exercise, properties: dict[str, Callable], folder: Path, see
                 fault = first_fault(remote, statement, function, seeds, names)
             except Gone as gone:
                 fault, ends = {"message": str(gone)}, ends + 1
+                remote.late = remote.late or time.monotonic() >= remote.deadline
                 remote.close()
             say(outcome=fault)
-            if ends == ENDS:
+            if ends == ENDS or job["stop"] and remote.late:
                 return
     except Gone as gone:
         say(property="the file can be used", outcome={"message": str(gone)})
@@ -68,7 +71,7 @@ def first_fault(remote: Remote, statement: str, function: Callable, seeds: list[
         try:
             fault = remote.inside(statement, seed) if inside else run_property(statement, function, seed, names)
         except TooLong as error:
-            fault = {"message": explain(error, names)}
+            fault, remote.late = {"message": explain(error, names)}, True
         if not fault and remote.changed:  # results that fit what was made of the arguments are no right ones
             message = f"{remote.changed} changed what it was given"
             fault = {
@@ -82,6 +85,7 @@ def first_fault(remote: Remote, statement: str, function: Callable, seeds: list[
 
 
 def main():
+    """Also called in a fork, whose standard input, output and error are what a new process would have."""
     job, parent = json.loads(sys.stdin.readline()), sys.stdin
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")  # half characters become question marks
     os.dup2(2, 1)
@@ -110,7 +114,7 @@ def main():
         properties = {**EXERCISES[number].properties, **private.get(number, {})}
         left = {name: function for name, function in properties.items() if name not in job["done"]}
         say(begin=number, statements=list(properties))
-        check(EXERCISES[number], left, Path(job["folder"]), job["seeds"], job["limit"], say)
+        check(EXERCISES[number], left, Path(job["folder"]), job, say)
         say(end=number)
 
 

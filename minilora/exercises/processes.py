@@ -8,9 +8,12 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
+import warnings
 from collections.abc import Set
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 from minilora.exercises.pipe import Broken, read_message, send
 
@@ -69,6 +72,60 @@ def find_children() -> set[int]:
             if int(path.read_text(errors="replace").rpartition(")")[2].split()[1]) == os.getpid():
                 found.add(int(path.parent.name))
     return found
+
+
+def can_fork() -> bool:
+    """On Linux, where no other thread of Python's could be in the middle of something."""
+    return LINUX and threading.active_count() == 1
+
+
+class Forked:
+    """The process that judges, as a fork of this one: torch is loaded already. To its caller what a Popen is."""
+
+    def __init__(self, output: IO[str]):
+        asked, self.asking = os.pipe()
+        self.answers, answered = os.pipe()
+        sys.stdout.flush(), sys.stderr.flush()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch's threads wait, and stay behind
+            self.pid = os.fork()
+        if self.pid == 0:
+            judge(asked, answered, output.fileno())
+        for end in (asked, answered):
+            os.close(end)
+        self.stdin, self.stdout = os.fdopen(self.asking, "wb"), os.fdopen(self.answers, "rb")
+
+    def wait(self, timeout: float = float("inf")):
+        """Raises subprocess.TimeoutExpired, as Popen does."""
+        deadline = time.monotonic() + timeout
+        while not os.waitpid(self.pid, os.WNOHANG)[0]:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("the fork", timeout)
+            time.sleep(0.005)
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
+
+
+def judge(asked: int, answered: int, output: int):
+    """What the fork does instead of going on."""
+    from minilora.exercises.child import main
+
+    try:
+        os.setsid()
+        for number, end in enumerate((asked, answered, output)):
+            os.dup2(end, number)
+        os.closerange(3, 4096)
+        sys.stdin, sys.stdout, sys.stderr = (
+            os.fdopen(number, mode, 1, encoding="utf-8", errors="backslashreplace", closefd=False)
+            for number, mode in enumerate(("r", "w", "w"))
+        )
+        main()
+        sys.stdout.flush(), sys.stderr.flush()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
 
 
 class StudentProcess:

@@ -74,6 +74,7 @@ class Remote:
         self.graft = Graft()
         self.kept: dict[int, Any] = {}
         self.calls, self.deadline, self.changed = 0, 0.0, ""
+        self.late = False  # True once the code has taken too long
 
     def start(self) -> tuple[str, str] | None:
         """A process with the student's code loaded. Returns the statement and the message of a refusal."""
@@ -114,6 +115,7 @@ class Remote:
         about = {"exercise": self.exercise.number, "statement": statement, "seed": seed, "limit": self.limit}
         answer, _ = self.ask({"do": "inside", **about})
         if "error" in answer:
+            self.late = self.late or any(str(kind).endswith(".TooLong") for kind in answer["error"]["kinds"])
             return {"message": brief(str(answer["error"]["explained"]), 1000)}
         fault = answer["fault"]
         return {key: brief(str(fault[key]), 4000) for key in ("message", "case", "slip")} if fault else {}

@@ -26,8 +26,9 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
-from minilora.exercises.processes import keep_to_ourselves
+from minilora.exercises.processes import Forked, can_fork, keep_to_ourselves
 
 START = 120  # seconds that Python and torch may take to load
 LIMIT = 10  # seconds of computing for one property
@@ -58,11 +59,19 @@ class Result:
 
 
 def run(
-    folder: Path, numbers: list[int], seeds: list[int], private: Path | None = None, limit: float = LIMIT
+    folder: Path,
+    numbers: list[int],
+    seeds: list[int],
+    private: Path | None = None,
+    limit: float = LIMIT,
+    stop: bool = False,
+    fork: bool = False,
 ) -> tuple[dict[int, Result], str]:
     """Checks the exercises of one folder in order: results by number, and what the code printed, in short.
 
-    limit: seconds of computing for each property and seed. Raises OSError if no process can be started.
+    limit: seconds of computing for each property and seed. stop: code that takes longer ends the check of its exercise.
+    fork: the process that judges may be a fork of this one, which spares it the start of torch; for a caller whose
+    package is as it was imported. Raises OSError if no process can be started.
     """
     results: dict[int, Result] = {}
     ends: list[int] = []  # the exercises that ended a process, as often as they did
@@ -70,10 +79,10 @@ def run(
     left = list(numbers)
     while left:
         job = {"folder": str(folder.resolve()), "exercises": left, "seeds": seeds, "limit": limit}
-        job |= {"private": str(private.resolve()) if private else None, "done": []}
+        job |= {"private": str(private.resolve()) if private else None, "done": [], "stop": stop}
         if left[0] in results:  # it ended the last process; its other properties are still to come
             job["done"] = list(results[left[0]].outcomes)
-        ended, text = run_process(job, results)
+        ended, text = run_process(job, results, fork)
         printed += text
         if ended is None:
             break
@@ -98,22 +107,11 @@ def too_small() -> str:
     return "" if unlimited else f"the limit on memory (ulimit -v), {limit // 2**20} MB, is too small to check anything"
 
 
-def run_process(job: dict, results: dict[int, Result]) -> tuple[int | None, str]:
+def run_process(job: dict, results: dict[int, Result], fork: bool) -> tuple[int | None, str]:
     """One process. Fills `results`; returns the exercise that ended it, if one did, and what was printed."""
-    # Python finds the package where this one was found, whatever folder the user stands in.
-    here = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "PYTHONHASHSEED": "0"}
     keep_to_ourselves()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "minilora.exercises.child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=output,
-            env=environment,
-            start_new_session=os.name == "posix",
-        )
+        process = Forked(output) if fork and can_fork() else start_python(output)
         try:
             assert process.stdin is not None
             with suppress(BrokenPipeError):  # it could not even begin; what it printed says why
@@ -123,12 +121,27 @@ def run_process(job: dict, results: dict[int, Result]) -> tuple[int | None, str]
                 process.stdin.flush()
             ended = follow(process, job, results)
         finally:
-            stop(process)
+            stop_process(process)
         output.seek(0)
         return ended, output.read(PRINTED)
 
 
-def follow(process: subprocess.Popen, job: dict, results: dict[int, Result]) -> int | None:
+def start_python(output: IO[str]) -> subprocess.Popen:
+    # Python finds the package where this one was found, whatever folder the user stands in.
+    here = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "PYTHONHASHSEED": "0"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "minilora.exercises.child"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=output,
+        env=environment,
+        start_new_session=os.name == "posix",
+    )
+
+
+def follow(process: subprocess.Popen | Forked, job: dict, results: dict[int, Result]) -> int | None:
     """Hears the process out, until it has done all, ends, or is silent for too long: the exercise at which it did."""
     lines: queue.Queue = queue.Queue(100)
 
@@ -171,7 +184,7 @@ def read_line(line: bytes | None) -> dict | None:
     return said if isinstance(said, dict) else None
 
 
-def stop(process: subprocess.Popen):
+def stop_process(process: subprocess.Popen | Forked):
     """Ends the process and whatever the student's code has started: it is asked first, for it knows them."""
     assert process.stdin is not None and process.stdout is not None
     with suppress(OSError):
