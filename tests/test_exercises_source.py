@@ -106,8 +106,11 @@ def test_exercise_is_complete(exercise):
 
 def test_exercises_are_numbered_and_no_function_is_asked_for_twice():
     assert list(EXERCISES) == list(range(1, len(EXERCISES) + 1))
-    targets = [target for exercise in EXERCISES.values() for target in exercise.targets]
+    targets = [target for exercise in EXERCISES.values() if exercise.again is None for target in exercise.targets]
     assert len(set(targets)) == len(targets)
+    for exercise in EXERCISES.values():
+        if exercise.again is not None:
+            assert exercise.targets == EXERCISES[exercise.again].targets and exercise.again < exercise.number
     files = [name for exercise in EXERCISES.values() for name in exercise.files.values()]
     assert len(set(files)) == len(files)
 

@@ -18,7 +18,7 @@ it out again.
 
 from pathlib import Path
 
-from minilora.exercises.attempts import find_files, read_sources
+from minilora.exercises.attempts import read_sources, to_be_used
 from minilora.exercises.catalog import EXERCISES
 from minilora.exercises.graft import Graft
 from minilora.exercises.source import written
@@ -33,19 +33,18 @@ def use(folder: str | Path = "work") -> list[str]:
     """From now on the package runs on what was written in this folder: the names of those functions.
 
     Whoever imported them before gets the new ones as well. What is still a stub is left out, and the package's own
-    code stands. A forward of LoRALinear (exercise 02) also counts for the layers of models, which are FastLoRALinear,
-    until exercise 18 is written, on which their own forward stands. A second call starts anew. Raises FileNotFoundError
-    for a folder that is not there, and ValueError, naming the file, for one that is not Python, lacks a function, or
-    has a helper of the same name as another file's; then the package is as it was.
+    code stands. A forward of LoRALinear (exercise 02) also counts for the layers of models, which are
+    FastLoRALinear, until exercise 18 is written, on which their own forward stands. Where exercise 21 is written,
+    whose function is that of 02 again, it stands in for both. A second call starts anew. Raises FileNotFoundError
+    for a folder that is not there, and ValueError, naming the file, for one that is not Python, lacks a function,
+    or has a helper of the same name as another file's; then the package is as it was.
     """
     put_back()
     folder, used = Path(folder), []
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; `python -m minilora.exercises start 01` makes it")
     try:
-        for exercise in EXERCISES.values():
-            if not find_files(exercise, folder):
-                continue
+        for exercise in to_be_used(folder):
             for module, (text, filename) in read_sources(exercise, folder).items():
                 names = [name for name in exercise.modules[module] if written(text, [name])]
                 if names:

@@ -1,20 +1,23 @@
 """A student's folder: which file belongs to which exercise, what was tried in it, and how the last check went.
 
-work/ex02_lora_forward.py    the module of the package with the functions of the exercise blank, then written
+work/ex02_lora_forward.py    the functions of the exercise blank, with what they need around them, then written
 work/ex02_lora_forward.md    the explanation, and room for the answer to its question
 work/progress.json           of each exercise the last check, and how many hints were given
 """
 
 import hashlib
+import re
 from pathlib import Path
 
+from minilora.exercises.catalog import EXERCISES
 from minilora.exercises.checking import Exercise
-from minilora.exercises.source import blank, path_of, read_module, written
+from minilora.exercises.source import PACKAGE, blank, imports_for, outline, path_of, read_module, written
 from minilora.storage.files import make_folder, read_json, replacing, write_json
 from minilora.storage.locks import locked
 
 WORK = Path("work")
 ANSWER = "## Your answer"
+WORD = re.compile(r"[A-Za-z_]\w*")
 
 
 def start(exercise: Exercise, folder: Path) -> tuple[list[Path], list[Path]]:
@@ -31,7 +34,14 @@ def start(exercise: Exercise, folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def stub(exercise: Exercise, module: str, names: list[str]) -> str:
-    return blank(read_module(module), names, f"exercise {exercise.number:02d}")
+    """The functions asked for, blank, and what they need to be understood: imports, the rest of their class in outline
+    where the exercise speaks of it, and what else of the module it names."""
+    text = read_module(module)
+    told = set(WORD.findall(f"{exercise.explanation} {' '.join(exercise.hints)}"))
+    part = outline(blank(text, names, f"exercise {exercise.number:02d}"), names, told)
+    where = path_of(module).relative_to(PACKAGE.parent).as_posix()
+    head = f'"""Exercise {exercise.number:02d}: {exercise.title}.\n\nYour code also sees all else in {where}.\n"""'
+    return "\n".join([head, "", *imports_for(part, text, module, told), "", "", part, ""])
 
 
 def instructions(exercise: Exercise) -> str:
@@ -97,6 +107,15 @@ def attempted(exercise: Exercise, sources: dict[str, tuple[str, str]]) -> bool:
         except (SyntaxError, ValueError):  # ValueError: null bytes
             return True
     return False
+
+
+def to_be_used(folder: Path) -> list[Exercise]:
+    """The exercises of which the folder has files, but for one whose functions a later one, which is written too, has
+    again. ValueError as in `read_sources`."""
+    found = [exercise for exercise in EXERCISES.values() if find_files(exercise, folder)]
+    later = [exercise for exercise in found if exercise.again is not None]
+    again = {exercise.again for exercise in later if attempted(exercise, read_sources(exercise, folder))}
+    return [exercise for exercise in found if exercise.number not in again]
 
 
 def answer(exercise: Exercise, folder: Path) -> str:

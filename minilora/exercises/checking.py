@@ -29,7 +29,9 @@ import torch
 from torch import Tensor
 
 SIZES = (2, 4, 12)  # the largest dimension of a case: the first that fails is the smallest
+OR = " -- or: "  # between two slips that both fit
 SHOWN = 12  # numbers of a tensor that are printed one by one
+DIGITS = (0, 9, 17)  # that are tried until two numbers differ in print
 
 
 class Wrong(Exception):
@@ -55,9 +57,11 @@ class Exercise:
     explanation: str  # stands alone, in Markdown
     hints: tuple[str, str, str]
     question: str  # to be answered in words
+    answer: str  # one in words, in Markdown
     # Beginnings of lines in notebooks and tests that give the answer away in other words than the package's.
     spoilers: tuple[str, ...] = ()
     properties: dict[str, Callable] = field(default_factory=dict)
+    again: int | None = None  # the exercise whose function this one writes again, with more to it
     changes: tuple[str, ...] = ()  # those targets that change tensors, layers or lists that they are given
     beneath: dict[str, Callable] = field(default_factory=dict)  # by target of another exercise, what stands in for it
     inside: set[str] = field(default_factory=set)  # properties that must run in the process of the student's code
@@ -125,17 +129,19 @@ def expect(
 ):
     """Raises Wrong unless `found` is `expected`: tensors in shape and, relative to the largest, in value; others by ==.
 
-    slips: by sentence, what that mistake leads to: a value, or a function without arguments that gives it.
+    slips: by sentence, what that mistake leads to: a value, or a function without arguments that gives it. All that fit
+    are named.
     tolerance: 0 asks for the same bits.
     """
     fault = difference(found, expected, tolerance)
     if not fault:
         return
+    likely = []
     for sentence, wrong in (slips or {}).items():
         wrong = wrong() if callable(wrong) else wrong
         if not difference(found, wrong, max(tolerance, 1e-9)) and difference(wrong, expected, tolerance):
-            raise Wrong(f"{what}: {fault}", case, sentence)
-    raise Wrong(f"{what}: {fault}", case)
+            likely.append(sentence)
+    raise Wrong(f"{what}: {fault}", case, OR.join(likely))  # in a small case two mistakes can come to the same
 
 
 def difference(found, expected, tolerance: float) -> str:
@@ -145,8 +151,7 @@ def difference(found, expected, tolerance: float) -> str:
             same = math.isclose(found, expected, rel_tol=tolerance, abs_tol=1e-12)
         else:
             same = type(found) is type(expected) and found == expected
-        kind = "" if type(found) is type(expected) else f"{type(found).__name__} "
-        return "" if same else f"expected {show(expected)}, got {kind}{show(found)}"
+        return "" if same else apart(found, expected)
     if not isinstance(found, Tensor):
         return f"expected a tensor of shape {tuple(expected.shape)}, got {type(found).__name__} {brief(repr(found))}"
     if found.shape != expected.shape:
@@ -166,11 +171,27 @@ def difference(found, expected, tolerance: float) -> str:
         precision = f"in the digits of {expected.dtype}, got those of {found.dtype}"
         return f"expected {show(expected)} {precision}: off by up to {largest:.3g}"
     if expected.numel() <= SHOWN:
-        return f"expected {show(expected)}, got {show(found)}: off by up to {largest:.3g}"
+        return f"{apart(found, expected)}: off by up to {largest:.3g}"
     wrong = (off > tolerance * scale).double().mean().item() if math.isfinite(largest) else 1.0
     return (
         f"off by up to {largest:.3g} where the largest is {scale:.3g}; {wrong:.0%} of {off.numel()} numbers are wrong"
     )
+
+
+def apart(found, expected) -> str:
+    """ "expected ..., got ...", with as many digits as it takes to tell the two apart."""
+    pairs = [(show(found, digits), show(expected, digits)) for digits in DIGITS]
+    one, other = next(((one, other) for one, other in pairs if one != other), pairs[0])
+    if one == other and isinstance(expected, (list, tuple)) and type(found) is type(expected):  # too long to be shown
+        places = [place for place, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b]
+        if places:
+            return f"at place {places[0]} of {len(expected)}: {apart(found[places[0]], expected[places[0]])}"
+        return f"expected {len(expected)} entries, got {len(found)}"
+    kind = "" if type(found) is type(expected) else f"{type(found).__name__} "
+    off = ""
+    if (one, other) != pairs[0] and isinstance(found, (int, float)) and isinstance(expected, float):
+        off = f": off by {abs(found - expected):.3g}"
+    return f"expected {other}, got {kind}{one}{off}"
 
 
 def require(condition: bool, message: str, case: Mapping[str, Any] | None = None, slip: str = ""):
@@ -192,15 +213,21 @@ def expect_error(function: Callable, names: tuple[str, ...] = (), case: Mapping 
     raise Wrong("expected a ValueError, got no error", case, slip)
 
 
-def show(value) -> str:
-    """A value in few characters: small tensors as nested lists, others by their shape."""
+def show(value, digits: int = 0) -> str:
+    """A value in few characters: small tensors as nested lists, others by their shape. digits: 0 is 6, in tensors 4."""
     if not isinstance(value, Tensor):
-        return f"{value:.6g}" if isinstance(value, float) else brief(repr(value))
+        return f"{value:.{digits or 6}g}" if isinstance(value, float) else brief(repr(value))
     if value.numel() > SHOWN:
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
 
     def rounded(x):
-        return [rounded(y) for y in x] if isinstance(x, list) else float(f"{x:.4g}") if isinstance(x, float) else x
+        return (
+            [rounded(y) for y in x]
+            if isinstance(x, list)
+            else float(f"{x:.{digits or 4}g}")
+            if isinstance(x, float)
+            else x
+        )
 
     return str(rounded(value.detach().tolist()))
 
@@ -231,9 +258,9 @@ def run_property(statement: str, function: Callable, seed: int, files: Mapping[s
         fault = f"your code ended the program ({type(stop).__name__})", "", ""
     except NotImplementedError as error:
         ours = str(error).startswith("exercise ")  # torch has such errors too
-        fault = f"not written yet: {error}" if ours else explain(error, files), "", ""
+        fault = (f"not written yet: {error}", "", "") if ours else blamed(error, files)
     except Exception as error:
-        fault = explain(error, files), "", ""
+        fault = blamed(error, files)
     return dict(zip(("message", "case", "slip"), map(tidy, fault), strict=True))
 
 
@@ -247,8 +274,29 @@ def explain(error: BaseException, files: Mapping[str, str]) -> str:
     """An exception in one line, with the last line of the student's own code on its way."""
     if hasattr(error, "explained"):  # in the process in which it was raised
         return error.explained
-    text = f"{type(error).__name__}: {brief(' '.join(str(error).split()))}"
+    name, said = type(error).__name__, brief(" ".join(str(error).split()))
+    text = f"stopped {said}" if name == "TooLong" else f"raised {name}: {said}"
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if frame.filename in files:
-            return f"raised {text}, from line {frame.lineno} of {files[frame.filename]}: {brief(frame.line or '', 80)}"
-    return f"raised {text}"
+            return f"{text}, from line {frame.lineno} of {files[frame.filename]}: {brief(frame.line or '', 80)}"
+    return text
+
+
+# What torch says in the checker's own lines, when it goes on with what the student's code gave: whose fault that is.
+LATE = {
+    "does not require grad": "something on the way is detached, or computed under no_grad",
+    "not to have been used in the graph": "something on the way is detached, or computed under no_grad",
+    "returned an in": "backward returns one gradient for each argument of forward behind ctx, in that order, and each "
+    "has the shape of its argument; None where there is none",
+    "modified by an inplace operation": "a tensor that backward needs was changed in place: make a new one",
+}
+
+
+def blamed(error: Exception, files: Mapping[str, str]) -> tuple[str, str, str]:
+    """message, case and slip of an exception. One that was raised beyond the student's code, by the checker's use of
+    what that code gave back, says so: it is no fault of the checker's."""
+    told = explain(error, files)
+    slip = next((slip for text, slip in LATE.items() if text in str(error)), "")
+    if hasattr(error, "explained") or ", from line " in told:
+        return told, "", slip
+    return f"what your code gave could not be used any further: {told.removeprefix('raised ')}", "", slip

@@ -61,7 +61,7 @@ def blanked() -> dict[str, str]:
     """By module, its text with the functions of all exercises blank."""
     texts: dict[str, str] = {}
     for exercise in EXERCISES.values():
-        for module, names in exercise.modules.items():
+        for module, names in exercise.modules.items() if exercise.again is None else ():
             texts[module] = blank(texts.get(module) or read_module(module), names, f"exercise {exercise.number:02d}")
     return texts
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minilora.exercises.checking import Draw
 from minilora.lora import LoRALinear
@@ -37,3 +38,23 @@ def written_out(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
     """W x + b + s·BA x, by way of the whole of BA."""
     y = torch.einsum("...i,oi->...o", x, W + scaling * torch.einsum("or,ri->oi", B, A))
     return y if bias is None else y + bias
+
+
+class Results(TorchDispatchMode):
+    """Notes how many numbers each tensor has that is made inside; views of what was `given` are not made."""
+
+    def __init__(self, given: list[Tensor]):
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in given}
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.sizes.append(tensor.numel())
+        return made
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # otherwise torch loads its compiler first, for a second or more
+        return False

@@ -8,6 +8,7 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
+USUAL = {"math", "torch", "Tensor", "nn", "F"}  # imported in a stub where its module imports them
 
 
 def path_of(module: str) -> Path:
@@ -77,6 +78,58 @@ def blank(text: str, names: list[str], note: str) -> str:
         lines[numbers.start : numbers.stop] = [f'{indent}raise NotImplementedError("{note}: {name}")\n']
         text = "".join(lines)
     return text
+
+
+def outline(text: str, names: list[str], told: set[str]) -> str:
+    """Of a module's text the functions of these names as they are, and around methods their class: its docstring, the
+    types of its attributes and, of its other methods, those that are told of, without their bodies."""
+    lines, tree, parts = text.splitlines(), ast.parse(text), []
+    for name in dict.fromkeys(name.split(".")[0] for name in names):
+        node = find(tree, name)
+        assert node is not None
+        if isinstance(node, ast.FunctionDef):
+            parts.append("\n".join(lines[begin(node) : node.end_lineno]))
+            continue
+        kept = lines[begin(node) : node.body[0].lineno - 1]
+        for member in node.body:
+            if not isinstance(member, ast.FunctionDef):
+                kept += [""] if isinstance(member, ast.AnnAssign) and kept[-1].endswith('"""') else []
+                kept += lines[member.lineno - 1 : member.end_lineno]
+            elif f"{name}.{member.name}" in names:
+                kept += ["", *lines[begin(member) : member.end_lineno]]
+            elif member.name in told:
+                kept += ["", *lines[begin(member) : body_lines(text, f"{name}.{member.name}").start], "        ..."]
+        parts.append("\n".join(kept))
+    return "\n\n\n".join(parts)
+
+
+def begin(node: Definition) -> int:
+    """The line number (from 0) of a definition with its decorators."""
+    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
+
+
+def imports_for(part: str, text: str, module: str, told: set[str]) -> list[str]:
+    """Import lines for a part of a module's text: of what it uses or is told of, from where the module has it, or from
+    the module itself."""
+    tree, made = ast.parse(part), ast.parse(text).body
+    used = told | USUAL | {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    found: list[str] = []
+    for node in made:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            node.names = [alias for alias in node.names if (alias.asname or alias.name).split(".")[0] in used]
+            found += [ast.unparse(node)] if node.names else []
+    own = [named for node in made for named in names_made_by(node) if named in used]
+    own = [named for named in own if find(tree, named) is None]
+    return [*found, *([f"from minilora.{module} import {', '.join(dict.fromkeys(own))}"] if own else [])]
+
+
+def names_made_by(node: ast.stmt) -> list[str]:
+    """What a definition or an assignment gives a value to."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    if not isinstance(node, (ast.Assign, ast.AnnAssign)):
+        return []
+    return [part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
 
 
 def is_blank(node: Definition | None) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy
 import torch
 
-from minilora.exercises.attempts import attempted, read_sources
+from minilora.exercises.attempts import attempted, read_sources, to_be_used
 from minilora.exercises.catalog import EXERCISES
 from minilora.exercises.checking import Exercise, explain, run_property
 from minilora.exercises.graft import Graft, grafted, owner_of
@@ -127,7 +127,7 @@ class Server:
         self.names = {path: Path(path).name for _, path in sources.values()}
         loaded: list[str] = []
         if is_released():
-            for other in EXERCISES.values():
+            for other in to_be_used(folder):
                 if other is not exercise:
                     self.load_other(other, folder, loaded)
         self.clock.set(message["limit"])

@@ -6,18 +6,40 @@ SOLUTION = {
     "lora": """
 class LoRALinear:
     def forward(self, x):
-        if not self.enabled and self.merged:
-            return F.linear(x, self.original_weight, self.base_layer.bias)
         y = self.base_layer(x)
-        if self.merged or not self.enabled:
-            return y
-        A, B = self.factors()
-        dropped = F.dropout(x, p=self.lora_dropout, training=self.training)
-        narrow = torch.einsum("...i,ri->...r", dropped.to(y.dtype), A.to(y.dtype))
-        update = torch.einsum("...r,or->...o", narrow, B.to(y.dtype))
+        narrow = torch.einsum("...i,ri->...r", x, self.lora_A)
+        update = torch.einsum("...r,or->...o", narrow, self.lora_B)
         return y + self.scaling * update
 """
 }
+
+FURTHER = [
+    {
+        "lora": """
+class LoRALinear:
+    def forward(self, x):
+        A, B = self.factors()
+        return torch.add(self.base_layer(x), x @ A.mT @ B.mT, alpha=self.scaling)
+"""
+    },
+    {
+        "lora": """
+class LoRALinear:
+    def forward(self, x):
+        rows = x.reshape(-1, self.in_features)
+        update = (self.lora_B @ (self.scaling * self.lora_A @ rows.T)).T
+        return self.base_layer(x) + update.reshape(*x.shape[:-1], self.out_features)
+"""
+    },
+    {
+        "lora": """
+class LoRALinear:
+    def forward(self, x):
+        update = sum((x @ a)[..., None] * b for a, b in zip(self.lora_A, self.lora_B.T))
+        return self.base_layer(x) + update * self.scaling
+"""
+    },
+]
 
 RETURN = "return y + self.scaling * update"
 MUTANTS = [
@@ -40,57 +62,37 @@ MUTANTS = [
         "bias forgotten", "y = self.base_layer(x)", "y = F.linear(x, self.base_layer.weight)", "the bias is missing"
     ),
     Mutant("bias taken off", RETURN, RETURN + " - self.base_layer.bias", "the bias is missing"),
+    Mutant("A detached", "self.lora_A)", "self.lora_A.detach())", "A is detached on the way"),
+    Mutant("B detached", "self.lora_B)", "self.lora_B.detach())", "B is detached on the way"),
+    Mutant("the term detached", RETURN, RETURN + ".detach()", "the update is cut off from the gradient"),
+    Mutant("the x of the term detached", 'r", x, ', 'r", x.detach(), ', "the update's part of the gradient"),
+    Mutant("W x detached", "self.base_layer(x)", "self.base_layer(x).detach()", "W x has no part in the gradient"),
+    Mutant("no gradient", "y = self", "torch.set_grad_enabled(False)\n        y = self", "cut off from the gradient"),
+    Mutant("relu between", ", narrow,", ", narrow.relu(),", "there is a relu between A and B"),
+    Mutant("gelu between", ", narrow,", ", F.gelu(narrow),", "there is a gelu between A and B"),
+    Mutant("softmax between", ", narrow,", ", narrow.softmax(-1),", "there is a softmax between A and B"),
+    Mutant("doubled", RETURN, "return y + 2 * self.scaling * update", "the update is added twice"),
+    Mutant("subtracted", RETURN, "return y - self.scaling * update", "the update is subtracted"),
+    Mutant("W x twice", RETURN, RETURN + " + y", "W x is there twice"),
+    Mutant("bias twice", RETURN, RETURN + " + self.base_layer.bias", "the bias is added twice"),
+    Mutant("divided by r", RETURN, "return y + self.scaling / self.r * update", "r times too small"),
     Mutant(
-        "dropout on the sum",
-        ("training=self.training", RETURN),
-        ("training=False", "return F.dropout(y + self.scaling * update, self.lora_dropout, self.training)"),
-        "dropout acts on the sum",
-    ),
-    Mutant("dropout forgotten", "training=self.training", "training=False", "nothing is dropped while training"),
-    Mutant("merged twice", "if self.merged or not self.enabled", "if not self.enabled", "you add it a second time"),
-    Mutant(
-        "switched off, still merged",
-        "if not self.enabled and self.merged",
-        "if False",
-        "the W from before is in original_weight",
-    ),
-    Mutant("start left out", "self.factors()", "self.lora_A, self.lora_B", "what they began as has to be taken off"),
-    Mutant(
-        "start added",
+        "BA formed",
         RETURN,
-        RETURN + " if self.start_A is None else y + self.scaling * (update + 2 * x @ self.start_A.T @ self.start_B.T)",
-        "the start is added",
+        "return y + self.scaling * F.linear(x, self.lora_B @ self.lora_A)",
+        "B @ A, or W + s·BA, is formed",
     ),
     Mutant(
-        "float32 in half precision",
-        ("dropped.to(y.dtype), A.to(y.dtype)", "B.to(y.dtype)"),
-        ("dropped.to(A.dtype), A", "B"),
-        "A and B widen the sum",
+        "BA formed by another name",
+        RETURN,
+        "return y + self.scaling * x @ torch.einsum('or,ri->io', self.lora_B, self.lora_A)",
+        "B @ A, or W + s·BA, is formed",
     ),
-    Mutant(
-        "dtypes mixed", ("dropped.to(y.dtype), A.to(y.dtype)", "B.to(y.dtype)"), ("dropped, A", "B"), "raised Runtime"
-    ),
-    Mutant("A detached", "A.to(y.dtype))", "A.detach().to(y.dtype))", "detached"),
     Mutant("two dimensions only", '"...i,ri->...r"', '"ni,ri->nr"', "RuntimeError"),
-    Mutant(
-        "a bias is taken for granted",
-        "F.linear(x, self.original_weight, self.base_layer.bias)",
-        "x @ self.original_weight.T + self.base_layer.bias",
-        "raised TypeError",
-    ),
     Mutant(
         "the base's weight instead of the base",
         "y = self.base_layer(x)\n",
         "y = F.linear(x, self.base_layer.weight, self.base_layer.bias)\n",
         "call the base layer",
-    ),
-    Mutant(
-        "dropped in eval mode", "training=self.training", "training=True", "it also drops when the layer is in eval"
-    ),
-    Mutant(
-        "kept and not divided",
-        "narrow = ",
-        "dropped = x * (torch.rand_like(x) < 1 - self.lora_dropout) if self.training else x\n        narrow = ",
-        "not divided by 1 - p",
     ),
 ]

@@ -56,7 +56,7 @@ MUTANTS = [
     Mutant("B in both", LOOP, "    groups[0]['params'] += quick.values()\n" + LOOP, "in one group, once"),
     Mutant("copies", "append(parameter)", "append(nn.Parameter(parameter.clone()))", "not copies"),
     Mutant("lists compared", "id(parameter) in quick]", "parameter in list(quick.values())]", "raised RuntimeError"),
-    Mutant("another key", "dict(params=[], lr=lr * ratio)", "dict(params=[], rate=lr * ratio)", "raised KeyError"),
+    Mutant("another key", "dict(params=[], lr=lr * ratio)", "dict(params=[], rate=lr * ratio)", "KeyError: 'lr'"),
     Mutant("lr not refused", '{"lr": lr, "ratio": ratio}', '{"ratio": ratio}', "lr must be above 0"),
     Mutant("ratio not refused", '{"lr": lr, "ratio": ratio}', '{"lr": lr}', "ratio must be above 0"),
     Mutant("0 not refused", "value <= 0", "value < 0", "0 and negative numbers"),

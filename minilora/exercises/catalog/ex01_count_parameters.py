@@ -45,6 +45,10 @@ shapes and no numbers. The model stays as it is.""",
     ),
     question="Of Llama-2-7B, LoRA with r = 8 on q_proj and v_proj trains 0.06 %. Why does the memory for training not "
     "fall to 0.06 % as well?",
+    answer="Memory for training holds more than what is trained. The frozen weights themselves stay, in full: 13.5 "
+    "GB in bfloat16. What shrinks to 0.06 % is what goes with trained parameters, their gradients and Adam's two "
+    "moments. Activations that wait for backward do not depend on how many parameters are trained, for the gradient "
+    "has to travel through every frozen layer to reach the A and B below it.",
 )
 
 

@@ -49,6 +49,9 @@ no value, and returns the model. Go by the modules and not by names: a layer may
         "gradients would still be computed and kept.",
     ),
     question="After the first step of an optimizer, is A still what it was at the start? And after the second?",
+    answer="After the first step A is what it was, up to weight decay: its gradient is s·Bᵀ g xᵀ, and B was zero. B "
+    "has moved, since its own gradient s·g (A x)ᵀ is not zero. So at the second step A has a gradient as well, and "
+    "moves. (Adam moves a parameter whose gradient is exactly zero by 0 / ε, which is zero too.)",
     spoilers=(
         "self.base_layer = base_layer.requires_grad_(False)",
         "self.lora_A = nn.Parameter(torch.empty(r, W.shape[1]",

@@ -57,6 +57,10 @@ other starts than LoRALinear's own: leave out `config.init_lora_weights` and `ba
     ),
     question="Why is an entry that matches nothing an error, although the other entries match? What would you notice "
     "in training if it were passed over?",
+    answer="An entry without a match is nearly always a typo or the name from another kind of model, and the layers "
+    "that were meant stay without an adapter. Nothing fails: the loss falls, with fewer parameters than planned, and "
+    "ends a little higher. Whoever does not know the right value sees nothing. At the start an error costs a second; "
+    "afterwards it costs a training and a wrong conclusion.",
     spoilers=(
         "hand_made = base.load().requires_grad_(False)",
         "setattr(hand_made.get_submodule(parent), child, HandMadeLoRA(",

@@ -62,6 +62,10 @@ a fingerprint is another library's and passes. Which layers a config means is `f
     ),
     question="An adapter of one base has just the right shapes for another base of the same size. What happens if it "
     "is loaded, and why would no check of names and shapes ever notice?",
+    answer="It loads and runs, and what it adds to the weights is the change that another base needed: the outputs "
+    "get worse or become nonsense, without an error. Names and shapes follow from the architecture, which both bases "
+    "share; only the numbers in W tell them apart. So the file keeps a fingerprint of the base's weights, and "
+    "reading compares it.",
 )
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names, which are the exercise

@@ -36,6 +36,11 @@ the root. At r = 1 both are alpha.""",
     ),
     question="With alpha = 16 and r = 64, LoRA's s is 0.25 and rsLoRA's is 2. Could you get rsLoRA's numbers out of "
     "plain LoRA by choosing another alpha? If so, what is the paper's claim about?",
+    answer="At one rank, yes: alpha = 16·√r with plain LoRA gives alpha / √r of 16, and at r = 64 the two settings "
+    "are the same layer. The claim is about what happens when r is changed and all else stays: with alpha / r a "
+    "higher rank turns the update down, so that it seems to bring nothing, while with alpha / √r its size, and so "
+    "the best learning rate, stays about the same. It is a rule for carrying settings from one rank to another, and "
+    "no new kind of layer.",
     spoilers=("assert abs(lora_scaling(r, 16, True) / lora_scaling(r, 16) - r**0.5)",),
 )
 

@@ -44,6 +44,11 @@ Raise a ValueError that says which (`lr` or `ratio`) is not above 0, and one for
     ),
     question="With ratio 16, is it the same to multiply the learning rate of B by 16 and to multiply B itself by 16 in "
     "the forward pass? Answer for SGD and for Adam.",
+    answer="For SGD it is not: with 16·B in the forward pass the gradient of B is 16 times as large, and each step "
+    "of B counts 16 times, so the update moves 256 times as far, where a rate 16 times as large moves it 16 times as "
+    "far. For Adam, whose steps do not depend on the gradient's size, B moves as far as before and counts 16 times: "
+    "just what the larger rate does. As B starts at zero, 16·B is then at every step what B is under LoRA+, and A's "
+    "gradients are the same too. What differs is Adam's ε, and weight decay.",
 )
 
 

@@ -53,6 +53,11 @@ averages, in the dtype of the weight, and a step count of 4 bytes for each train
     ),
     question="Why is there no such formula for the fourth kind, the activations, and on what do they depend that the "
     "other three do not?",
+    answer="Weights, gradients and Adam's moments are one number for each parameter, whatever the model computes. "
+    "Activations depend on the data and on the code: on the batch and the length of its rows, on the dtype of the "
+    "computation, on which intermediate results each operation keeps for its backward, whether attention keeps its "
+    "scores, on dropout masks, and on gradient checkpointing. They have to be measured, or counted operation by "
+    "operation.",
 )
 
 

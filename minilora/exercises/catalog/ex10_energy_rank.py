@@ -41,6 +41,11 @@ V_r and U_r are the r singular vectors that belong to the largest σ. A and B ha
     ),
     question="A ΔW needs 22 pieces for 90 % of its energy. Why does it not follow that LoRA needs r = 22 for the task, "
     "and what would you measure instead?",
+    answer="Energy counts every direction by its size, the task by its use. The small pieces of a ΔW may be noise "
+    "of training that no answer depends on, and a piece with little energy may be the one that matters. Besides, "
+    "LoRA need not find the best approximation of this ΔW; another change of a lower rank may do the task as well. "
+    "Measure the task: train with several ranks, or cut the ΔW to its first r pieces and evaluate the model, and see "
+    "from which r on the score no longer rises.",
 )
 
 

@@ -58,6 +58,10 @@ what is stored does not. You need not cut the weight into pieces.""",
     ),
     question="One weight in a block becomes thirty times as large. What happens to the other weights of its block, "
     "what to those of other blocks, and what would a scale for the whole tensor have done?",
+    answer="The scale of its block becomes up to thirty times as large, so the others fall within a thirtieth of "
+    "the range: with int4, whose levels are 1/7 apart, all of them become zero. Other blocks do not notice. One "
+    "scale for the whole tensor would have set nearly every weight to zero. Blocks limit the harm of an outlier to "
+    "its neighbours; that is what they cost bytes for.",
     spoilers=(
         "absmax = w.abs().max()",
         "codes = ((w / absmax * 7).round() + 8)",

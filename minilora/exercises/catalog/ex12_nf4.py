@@ -45,6 +45,10 @@ of midpoints below the value. Neither argument is changed.""",
     ),
     question="Q(p) is symmetric around p = 1/2. Why does NF4 take 8 levels above zero and 7 below, and what would be "
     "lost with 8 on either side?",
+    answer="There are sixteen codes, and zero should be exact, for padding and for weights that are pruned: with "
+    "zero among the levels 15 are left, and 15 is odd. The eighth goes above, by a convention. With 8 on either side "
+    "zero would not be a level, the smallest weights, which are the most, would be pushed to one side or the other, "
+    "and a tensor of zeros would not stay one.",
     spoilers=(
         "quantile = statistics.NormalDist().inv_cdf",
         "above = [quantile(",

@@ -48,6 +48,10 @@ Without double quantization (`nested_scales` is None) the absmax are the `scales
     ),
     question="What would happen to the error of the scales if the mean were not taken off, and why? Which levels would "
     "never be used?",
+    answer="Scales are absolute maxima, so all are positive. Their 8-bit levels reach from -1 to 1 times the "
+    "largest: without the mean taken off, the negative half of the levels would never be used, and as all scales lie "
+    "around a mean that is large beside their spread, most of the positive half neither. The error would be several "
+    "times as large. With the mean taken off both halves are in use, and the range is that of the spread.",
 )
 EACH = 256  # scales with a nested scale in common
 

@@ -47,6 +47,9 @@ float64 or bfloat16 as well, and `quantized`, whose own dtype may be another, st
     ),
     question="In full fine-tuning x has to wait for backward, here it need not. Which gradient makes the difference? "
     "And what does not keeping W cost?",
+    answer="The gradient of W, gᵀ x, is the one that needs x; W is frozen, so nobody asks for it. Not keeping W "
+    "costs making it from its codes a second time in backward: some time for each step, a lookup and a product for "
+    "each weight, and no memory beyond one layer's W at a time.",
 )
 
 ROUGH = 1e-6  # where digits are not the point: float32 in place of float64 is told by the property on dtypes

@@ -49,6 +49,11 @@ neither `FormedDirection` nor `LowRankTerm`.""",
     ),
     question="Were ‖V‖ not a constant in backward, the gradient of a row of V would have no part along that row. Why, "
     "and what is saved by leaving this out?",
+    answer="The output depends on the direction of a row of V alone, since V/‖V‖ stays when the row is made longer. "
+    "So moving along the row changes nothing, and a gradient has no part in a direction that changes nothing: it is "
+    "projected onto what is perpendicular to the row. With ‖V‖ as a constant this projection is left out: backward "
+    "needs no graph through the norm, and neither the products that lead there nor the (out, in) tensors that would "
+    "wait for it.",
 )
 
 

@@ -51,6 +51,12 @@ wrapped model says what it says after reading the text. With n = 0 it is the mod
     ),
     question="Nothing turns the keys of a prefix by a position. Why do the text's positions begin at n nevertheless, "
     "and what would be lost at the start if they began at 0?",
+    answer="The model was trained on text whose positions are told by turning keys and queries against one another, "
+    "and only the distance between two counts. If the text's positions began at 0, nothing among the text itself "
+    "would change, for its distances stay. But a prefix that was made from the keys of real tokens has those keys "
+    "turned by positions 0 to n - 1: the text begins at n so that it stands behind them, as it would behind real "
+    "tokens, and so a prefix can start as a real text's keys and values and give exactly what that text would. "
+    "Beginning at 0, this start would be lost.",
 )
 
 SIZES = (2, 4)  # the largest n, and about the largest T

@@ -51,6 +51,10 @@ The layer's `forward`, already there, calls `add`. The base layer is never chang
     ),
     question="One row has an adapter of rank 4, all others rank 16. What does the row of rank 4 compute beside its own "
     "share, why does that not change its output, and what would you do if one adapter of a thousand had rank 256?",
+    answer="It multiplies by the 12 rows of zeros that pad its A and B to rank 16: four times the products it "
+    "needs. Each adds exact zeros, so the output is the same. With one adapter of rank 256 all rows would be padded "
+    "to 256 as long as it is in the bank, sixteen times the work. Then one would keep a bank for each size of rank, "
+    "or sort a batch by rank, or cut that adapter to a lower rank by its singular values.",
 )
 
 

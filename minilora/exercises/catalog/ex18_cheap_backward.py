@@ -49,6 +49,10 @@ g (N, out):
     ),
     question="Of the three large products of full fine-tuning LoRA spares one. Why not gx = g M as well, although no "
     "weight of this layer needs it?",
+    answer="gx is not for this layer's weight. It is the gradient of what the layer below computed, and without it "
+    "no A and B below would learn anything. It can be left out in one place alone, the lowest layer with an adapter, "
+    "below which nothing is trained; there `ctx.needs_input_grad[0]` is False. What LoRA spares is the product that "
+    "is for W's own gradient.",
 )
 
 FEW = (

@@ -41,6 +41,11 @@ though σ(-1,000) is 0 in every floating-point format.""",
     ),
     question="Nothing in the loss asks that the chosen answer become likely. How can the loss fall to nearly nothing "
     "while the model finds the chosen answer less likely with every step, and where does the probability go?",
+    answer="The loss sees the margin alone, the difference of two changes. It falls as well when both answers "
+    "become less likely, if only the rejected one does so faster. Chosen and rejected answers often share most of "
+    "their words, so pushing the one down takes the other along. The probability goes to answers that are in no "
+    "pair, which nothing in the loss holds back: other wordings, other lengths, in bad cases nonsense. Therefore one "
+    "watches the log-probability of the chosen answers, keeps β from being too small, or adds a loss on them.",
 )
 
 

@@ -48,6 +48,11 @@ gradient is -A ∇ log π.""",
     ),
     question="A group in which every answer is right gets no gradient at all. Is that a loss of information? And what "
     "does it mean for a prompt that the model never answers rightly?",
+    answer="Nothing is lost that a policy gradient could use: it learns from differences within a group, and there "
+    "are none; the prompt is mastered for now. With the standard deviation as divisor, noise would even be blown up. "
+    "But compute was spent on it, so one samples prompts that are of middling difficulty. A prompt whose answers are "
+    "all wrong has no gradient either, and stays so: the model cannot learn what it never does. It needs easier "
+    "steps towards it, a reward for parts, examples to imitate first, or more and more varied samples.",
 )
 
 SIZES = (2, 3, 5)

@@ -152,11 +152,21 @@ def recall(model: GPT, rows: Batches, seeds: int) -> tuple[Tensor, Tensor]:
     targets = next_token_targets(rows.labels)  # (S·b, T)
     where = counted_places(targets)
     logits = forward(model, rows.input_ids, where, "float32")  # (N, V)
-    nats = F.cross_entropy(logits, targets[where], reduction="none")  # (N,)
-    each = torch.zeros(2, len(targets), device=targets.device)  # of a row: nats, and words that are wrong
-    each.index_add_(1, where[0], torch.stack([nats, (logits.argmax(-1) != targets[where]).float()]))
-    nats_of_row, wrong = each.view(2, seeds, -1)  # (S, b)
-    return nats_of_row.double().sum(1) / math.log(2), (wrong == 0).double().mean(1)
+    what = logits, targets[where], where[0], len(targets)
+    missing, known = bits_missing(*what).view(seeds, -1), rows_known(*what).view(seeds, -1)  # (S, b)
+    return missing.sum(1), known.double().mean(1)
+
+
+def bits_missing(logits: Tensor, words: Tensor, row: Tensor, rows: int) -> Tensor:
+    """-log2 p(word), summed over the words of each row: logits (N, V), words (N,), the row of each (N,) -> (rows,)."""
+    nats = F.cross_entropy(logits, words, reduction="none").double()  # (N,)
+    return nats.new_zeros(rows).index_add(0, row, nats) / math.log(2)
+
+
+def rows_known(logits: Tensor, words: Tensor, row: Tensor, rows: int) -> Tensor:
+    """True where each word of a row is the likeliest, (rows,); arguments as above."""
+    wrong = (logits.argmax(-1) != words).long()  # (N,)
+    return wrong.new_zeros(rows).index_add(0, row, wrong) == 0
 
 
 @torch.no_grad()
