@@ -72,13 +72,9 @@ def first_fault(remote: Remote, statement: str, function: Callable, seeds: list[
             fault = remote.inside(statement, seed) if inside else run_property(statement, function, seed, names)
         except TooLong as error:
             fault, remote.late = {"message": explain(error, names)}, True
-        if not fault and remote.changed:  # results that fit what was made of the arguments are no right ones
-            message = f"{remote.changed} changed what it was given"
-            fault = {
-                "message": message,
-                "case": "",
-                "slip": "its arguments belong to the caller: make new tensors",
-            }
+        if remote.changed and not inside:  # then neither what is expected nor what fits can be relied on
+            slip = "its arguments belong to the caller: make new tensors"
+            fault = {"message": f"{remote.changed} changed what it was given", "case": "", "slip": slip}
         if fault:
             return {**fault, "seed": seed}
     return {}

@@ -98,7 +98,12 @@ def stored(draw: Draw):
         layer = bank(draw, draw.integer(1, most), draw.integer(1, most), slots)
         slot, (A, B) = draw.integer(1, slots - 2), pair(draw, r, layer)
         zero, own = torch.zeros(layer.out_features, layer.in_features, dtype=A.dtype), B.T @ A
+        given = A.clone(), B.clone()
         layer.store(slot, A, B)
+        same = torch.equal(A, given[0]) and torch.equal(B, given[1])
+        require(
+            same, "the adapter that was given has changed", {"A": given[0], "B": given[1]}, "copy it into the stacks"
+        )
         others = [[own if place == at else zero for place in range(slots)] for at in (slot, slot - 1, slot + 1)]
         slips = {
             "every slot got the adapter; it belongs into one": torch.stack([own] * slots),
@@ -118,8 +123,8 @@ def grown(draw: Draw):
         ranks = {}
         for slot, r in ((1, small), (3, large), (2, small)):
             ranks[slot], (A, B), before = r, pair(draw, r, layer), torch.stack(expected)
-            layer.store(slot, A, B)
             expected[slot] = B.T @ A
+            layer.store(slot, A, B)
             lost = torch.zeros_like(before)
             lost[slot] = expected[slot]
             slips = {"the other slots are lost: copy the old stack into the grown one": lost}
@@ -134,8 +139,8 @@ def used_again(draw: Draw):
             A, B = pair(draw, r, layer)
             expected, stale = list(updates(layer.A, layer.B)), updates(layer.A[1:2, r:], layer.B[1:2, r:])[0]
             left = [expected[0], B.T @ A + stale, expected[2]]
-            layer.store(1, *((A, B) if r else (None, None)))
             expected[1] = B.T @ A
+            layer.store(1, *((A, B) if r else (None, None)))
             slip = "numbers of the slot's former adapter are left: write zeros behind the new ones"
             slips = {slip if r else "None, None left the slot's adapter there: fill it with zeros": torch.stack(left)}
             check_stacks(layer, expected, most + 1, {"rank before": most + 1, "rank now": r}, slips)
@@ -262,8 +267,8 @@ def whole(draw: Draw):
         M = [W, W, W, W]
         for slot in (1, 2, 3):
             A, B = pair(draw, draw.integer(1, most), layer)
-            layer.store(slot, A, B)
             M[slot] = W + B.T @ A
+            layer.store(slot, A, B)
         for lead in ((3, 2), (3,)):
             chosen, x = [draw.integer(1, 3), 0, draw.integer(1, 3)], draw.normal(*lead, layer.in_features)
             layer.gather(torch.tensor(chosen))

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minilora.exercises.checking import SIZES, Draw, Exercise, Wrong, expect, require
-from minilora.exercises.layers import written_out
+from minilora.exercises.layers import Results, written_out
 from minilora.fast import FormedWeight, LowRankTerm
 
 EXERCISE = Exercise(
@@ -252,7 +252,7 @@ def frozen_A(draw: Draw):
             require(all(address(t) != address(x) for t in keeps), "x is kept with A frozen", case, slip)
 
 
-@EXERCISE.property("both: backward multiplies no more than it must", inside=True)
+@EXERCISE.property("both: no more is multiplied than must be; LowRankTerm never forms BA", inside=True)
 def cost(draw: Draw):
     N, d, out, r, s = 96, 64, 48, 2, 1.5
     x, W, A, B, g = (draw.normal(*shape) for shape in ((N, d), (out, d), (r, d), (out, r), (N, out)))
@@ -273,6 +273,12 @@ def cost(draw: Draw):
     large = products(y, {"x": x, "A": A, "B": B}, g) / (N * d * out)
     slip = "a second large product beside gx: W is frozen and gᵀ x is not needed, for nothing"
     require(large < 1.5, f"FormedWeight: {large:.2f} times N·in·out multiplications, where 1.2 do", case, slip)
+    few = draw.normal(3, d), draw.normal(3, out)
+    with torch.no_grad(), Results([*few, A, B]) as results:
+        LowRankTerm.apply(few[1], few[0], A, B, s, None)
+    message = f"LowRankTerm.forward made a tensor of {max(results.sizes)} numbers, the size of W"
+    slip = "B A is formed, as large as W; through r numbers a token it is far less: A x first, then B of that"
+    require(max(results.sizes) < d * out, message, {**case, "N": 3}, slip)
     y = LowRankTerm.apply(base, x, A, B, s, None)
     large = products(y, {"x": x, "A": A, "B": B}, g) / (N * d * out)
     slip = "B A, or gᵀ x, is made; through r numbers a token it is far less: (g B) A, (g B)ᵀ x, gᵀ (x Aᵀ)"

@@ -207,10 +207,11 @@ def of_tokens(new: Tensor, old: Tensor, advantages: Tensor, clip: float) -> dict
     return {
         "nothing is clipped": -ratio * A,
         "the smaller of the two, not the clipped one alone": -clipped * A,
-        "the smaller of the two, not the larger": -torch.maximum(ratio * A, clipped * A),
+        "the smaller of the two gains, not the larger, which is the smaller of the losses": -torch.maximum(
+            ratio * A, clipped * A
+        ),
         "the minimum is of the products with A, not of the ratios": -torch.minimum(ratio, clipped) * A,
         "the sign: what is made small is minus the minimum": torch.minimum(ratio * A, clipped * A),
-        "the minimum of the losses is not minus the minimum of the gains": torch.minimum(-ratio * A, -clipped * A),
         "ρ is the policy's over the old one's": -torch.minimum(back * A, back.clamp(1 - clip, 1 + clip) * A),
         "ρ is exp of the difference: the arguments are logarithms": (
             -torch.minimum(new / old * A, (new / old).clamp(1 - clip, 1 + clip) * A)
