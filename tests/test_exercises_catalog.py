@@ -2,12 +2,14 @@
 named mistakes fail, each with the sentence that belongs to it."""
 
 import importlib
+from itertools import combinations
 
 import pytest
 from mutants import failures
 
 from minilora.exercises.attempts import stub
 from minilora.exercises.catalog import EXERCISES
+from minilora.exercises.checking import difference, expect
 from minilora.exercises.graft import Graft, package_sources
 
 ANSWERS = {number: importlib.import_module(exercise.name) for number, exercise in EXERCISES.items()}
@@ -22,11 +24,24 @@ def told(found: dict) -> str:
 
 
 @pytest.mark.parametrize("number", EXERCISES)
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_package_code_passes(number, seed):
+def test_package_code_passes_and_slips_can_be_told_apart(number, monkeypatch):
+    """Two mistakes may come to the same in one case, and then both are named; in every case they must not."""
+    module, apart = importlib.import_module(f"minilora.exercises.catalog.{EXERCISES[number].name}"), {}
+
+    def noting(found, expected, case=None, slips=None, what="the result", tolerance=1e-9):
+        made = {sentence: wrong() if callable(wrong) else wrong for sentence, wrong in (slips or {}).items()}
+        for one, other in combinations(made, 2):
+            same = not difference(made[one], made[other], max(tolerance, 1e-9))
+            apart[one, other] = apart.get((one, other), False) or not same
+        expect(found, expected, case, made, what, tolerance)
+
+    monkeypatch.setattr(module, "expect", noting)
     sources = {module: text for module, (text, _) in package_sources(EXERCISES[number]).items()}
-    found = failures(EXERCISES[number], sources, seed)
-    assert not found, told(found)
+    for seed in (0, 1, 2):
+        found = failures(EXERCISES[number], sources, seed)
+        assert not found, f"seed {seed}: {told(found)}"
+    alike = [pair for pair, ever in apart.items() if not ever]
+    assert not alike, alike
 
 
 @pytest.mark.parametrize("number, solution", SOLUTIONS)

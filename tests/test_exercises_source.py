@@ -83,6 +83,13 @@ def test_stub_is_the_source_but_for_the_bodies(exercise, module, name):
     whole = stub(exercise, module, exercise.modules[module])
     assert not written(whole, exercise.modules[module]) and written(text, [name])
     assert not set(filter(str.strip, solution(text, name))) & set(definition(whole, name).splitlines())
+    assert len(whole.splitlines()) <= 65 and max(map(len, whole.splitlines())) <= 120
+    for other, its_module, its_name in TARGETS:
+        if its_module == module:
+            given = {line.strip() for line in solution(text, its_name) if len(line.strip()) > 25}
+            assert not given & {line.strip() for line in whole.splitlines()}, (
+                f"the stub tells of exercise {other.number}"
+            )
 
 
 @pytest.mark.parametrize("exercise", EXERCISES.values(), ids=lambda exercise: exercise.name)
@@ -96,7 +103,7 @@ def test_exercise_is_complete(exercise):
     assert exercise.section in headings, f"{exercise.notebook} has no section {exercise.section!r}"
     link = f"{exercise.number:02d} “{exercise.title}”"
     assert any(link in line for _, line in cells), f"{exercise.notebook} does not lead to {link}"
-    assert len(set(exercise.hints)) == 3 and "?" in exercise.question
+    assert len(set(exercise.hints)) == 3 and "?" in exercise.question and 50 <= len(exercise.answer.split()) <= 130
     assert 4 <= len(exercise.properties) <= 12
     books = [path.read_text(encoding="utf-8") for path in (ROOT / "notebooks").glob("*.ipynb")]
     for spoiler in exercise.spoilers:
@@ -278,6 +285,26 @@ def test_use_takes_what_is_written_and_put_back_undoes_it(tmp_path):
     assert layer(torch.ones(2)).shape == (2,), "a stub took the place of working code"
     put_back()
     assert layer.delta_weight().shape == (2, 2)
+
+
+def test_a_stub_has_what_it_needs_to_be_understood():
+    text = stub(EXERCISES[2], "lora", EXERCISES[2].modules["lora"])
+    assert "from torch.nn import functional as F" in text and "def merge(" not in text
+    text = stub(EXERCISES[21], "lora", EXERCISES[21].modules["lora"])
+    assert "def factors(self) -> tuple[Tensor, Tensor]:" in text and "torch.cat" not in text
+    text = stub(EXERCISES[4], "adapters.inject", EXERCISES[4].modules["adapters.inject"])
+    assert "from minilora.adapters.inject import linear_layers" in text and "import replace_module" in text
+
+
+def test_of_one_function_that_is_asked_for_twice_the_later_counts(tmp_path):
+    first, again = EXERCISES[2], EXERCISES[21]
+    text = "def helper():\n    return {}\n\nclass LoRALinear:\n    def forward(self, x):\n        return helper()\n"
+    (tmp_path / first.files["lora"]).write_text(text.format(2), encoding="utf-8")
+    (tmp_path / again.files["lora"]).write_text(stub(again, "lora", again.modules["lora"]), encoding="utf-8")
+    layer = LoRALinear(nn.Linear(2, 2), 1, 1)
+    assert use(tmp_path) == ["lora:LoRALinear.forward"] and layer(torch.ones(2)) == 2
+    (tmp_path / again.files["lora"]).write_text(text.format(21), encoding="utf-8")
+    assert use(tmp_path) == ["lora:LoRALinear.forward"] and layer(torch.ones(2)) == 21
 
 
 def test_models_run_on_a_forward_that_is_used_until_the_fast_one_is_written(tmp_path):

@@ -62,6 +62,7 @@ class Exercise:
     spoilers: tuple[str, ...] = ()
     properties: dict[str, Callable] = field(default_factory=dict)
     again: int | None = None  # the exercise whose function this one writes again, with more to it
+    also: tuple[str, ...] = ()  # other functions that do what the solution does, blank in a hand-out too
     changes: tuple[str, ...] = ()  # those targets that change tensors, layers or lists that they are given
     beneath: dict[str, Callable] = field(default_factory=dict)  # by target of another exercise, what stands in for it
     inside: set[str] = field(default_factory=set)  # properties that must run in the process of the student's code

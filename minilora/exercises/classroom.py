@@ -58,11 +58,12 @@ def release(out: Path) -> tuple[Path, list[str]]:
 
 
 def blanked() -> dict[str, str]:
-    """By module, its text with the functions of all exercises blank."""
+    """By module, its text with the functions of all exercises blank, and those that do what a solution does."""
     texts: dict[str, str] = {}
     for exercise in EXERCISES.values():
-        for module, names in exercise.modules.items() if exercise.again is None else ():
-            texts[module] = blank(texts.get(module) or read_module(module), names, f"exercise {exercise.number:02d}")
+        for target in (*exercise.targets, *exercise.also) if exercise.again is None else ():
+            module, name = target.split(":")
+            texts[module] = blank(texts.get(module) or read_module(module), [name], f"exercise {exercise.number:02d}")
     return texts
 
 

@@ -29,6 +29,35 @@ class LoRALinear:
 """
 }
 
+FURTHER = [
+    {
+        "lora": """
+class LoRALinear:
+    def delta_weight(self):
+        A, B = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in self.factors())
+        return (B * self.scaling).mm(A)
+
+    def merge(self):
+        if self.merged:
+            return
+        if type(self.base_layer) is not nn.Linear:
+            raise ValueError(f"a {type(self.base_layer).__name__} cannot be merged into")
+        weight = self.base_layer.weight
+        self.original_weight = weight.detach().clone()
+        delta = self.delta_weight()
+        with torch.no_grad():
+            delta += weight  # in place, which is fine: the product was made for this
+            weight[...] = delta
+
+    def unmerge(self):
+        if self.original_weight is not None:
+            with torch.no_grad():
+                self.base_layer.weight.data.copy_(self.original_weight)
+            self.original_weight = None
+"""
+    },
+]
+
 GUARD = """        if not isinstance(base, nn.Linear):
             raise ValueError(f"no nn.Linear but a {type(base).__name__}: its weight cannot be added to")
 """

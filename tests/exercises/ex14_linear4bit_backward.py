@@ -34,6 +34,7 @@ OF_X = (
 KEEP = "        ctx.weight_in_4_bits = quantized\n        W = dequantize(quantized, x.dtype)\n"
 OF_BIAS = "g.sum(dim=tuple(range(g.dim() - 1))) if g.dim() > 1 else g"
 MUTANTS = [
+    Mutant("the first dimension alone", OF_BIAS, "g.sum(0) if g.dim() > 1 else g", "over all leading dimensions"),
     Mutant("bias missing", "y = y + bias", "pass", "the bias is missing"),
     Mutant("forward: not transposed", 'torch.einsum("...i,oi->...o", x, W)', "x @ W", "W is (out, in)"),
     Mutant("no gradient of x", "if x_wanted:", "if False:", "expected a gradient of x"),

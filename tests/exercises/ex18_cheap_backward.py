@@ -63,6 +63,12 @@ class LowRankTerm:
 }
 
 MUTANTS = [
+    Mutant(
+        "term: BA formed",
+        "return base + scaling * update",
+        "return base + scaling * F.linear(d.to(kind), B.to(kind) @ A.to(kind))",
+        "B A is formed, as large as W",
+    ),
     Mutant("formed: update unscaled", "B, s * A)", "B, A)", "the update is not scaled: M"),
     Mutant("formed: scales W", "return W + torch", "return s * W + torch", "the scaling reaches W as well"),
     Mutant("formed: bias forgotten", "else bias + y", "else y", "the bias is missing"),

@@ -18,6 +18,7 @@ EXERCISE = Exercise(
         "fast:LowRankTerm.forward",
         "fast:LowRankTerm.backward",
     ),
+    also=("adapters.dora:FormedDirection.forward", "adapters.dora:FormedDirection.backward"),
     difficulty=3,
     minutes=75,
     notebook="02_full_vs_lora",
