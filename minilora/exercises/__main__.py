@@ -14,14 +14,15 @@ from pathlib import Path
 from minilora.command import Parser, a_name, a_path, number, run_command
 from minilora.exercises import attempts
 from minilora.exercises.catalog import EXERCISES
-from minilora.exercises.checking import Exercise, brief
+from minilora.exercises.checking import Exercise
 from minilora.exercises.classroom import release as release_package
 from minilora.exercises.grading import grade as grade_class
-from minilora.exercises.runner import LIMIT, Result, run
+from minilora.exercises.runner import LIMIT, run
 from minilora.exercises.source import definition, is_released, read_module
+from minilora.exercises.telling import tell
 from minilora.ranges import SECONDS, SEED
 
-BAR, LINE = 20, 109  # characters
+BAR = 20  # characters
 
 
 def chosen(options) -> Exercise:
@@ -66,10 +67,7 @@ def check(options) -> int:
     if not result.attempted:
         print(f"not attempted: {', '.join(exercise.files.values())} still holds only stubs")
         return 2
-    print(f"Exercise {exercise.number:02d}: {exercise.title} (seed {number})")
-    tell(result)
-    if printed.strip():
-        print("\nyour code printed:\n" + printed.rstrip())
+    tell(exercise, result, number, printed)
     try:
         attempts.record(exercise, options.work, passed=result.passed, of=len(result.statements), digest=digest)
     except (ValueError, OSError) as error:  # the verdict stands all the same
@@ -81,32 +79,6 @@ def check(options) -> int:
         return 0
     print(f"\n{result.passed} of {len(result.statements)} hold; with --seed {number} you get the same cases again")
     return 1
-
-
-def tell(result: Result):
-    """A line per property. Of the first that fails all there is to say: on what, and the likely slip; of each further
-    one a line, for most follow from the first."""
-    extra = [statement for statement in result.outcomes if statement not in result.statements]
-    first: dict = {}
-    for statement in [*extra, *result.statements]:
-        fault = result.outcomes.get(statement)
-        print(f"  {'not run' if fault is None else 'WRONG' if fault else 'ok':8} {statement}")
-        if fault and first:
-            print(f"           {in_a_line(fault, first)}")
-        elif fault:
-            first = fault
-            print(f"           {fault['message']}")
-            if fault.get("case"):
-                print(f"           on {fault['case']}")
-            if fault.get("slip"):
-                print(f"           likely: {fault['slip']}")
-
-
-def in_a_line(fault: dict, first: dict) -> str:
-    """A fault behind the first one, in short."""
-    if (fault.get("slip") and fault["slip"] == first.get("slip")) or fault["message"] == first["message"]:
-        return "the same as above"
-    return brief(f"likely: {fault['slip']}" if fault.get("slip") else fault["message"], LINE)
 
 
 def hint(options) -> int:
