@@ -47,6 +47,8 @@ LEGEND: dict[str, Any] = dict(frameon=False, fontsize="small")
 class Figure(matplotlib.figure.Figure):
     """A figure that a notebook shows as a picture when it is the last value of a cell. It needs no display."""
 
+    alt = ""  # what the picture shows, in words, for those who do not see it
+
     def _repr_png_(self) -> bytes:
         picture, small = io.BytesIO(), io.BytesIO()
         self.savefig(picture, format="png", dpi=110)
