@@ -1,4 +1,4 @@
-"""What a training step keeps, and the 4-bit block that makes the weights small."""
+"""A training step, what it keeps, and the 4-bit block that makes the weights small."""
 
 from minilora.experiments.drawings.shapes import INK, QUIET, SMALL, TEXT, arrow, box, canvas, key, label
 from minilora.experiments.figures import Figure
@@ -58,6 +58,40 @@ def four_bit_block() -> Figure:
         "256 scales, one for each block, 8 bits each; one float32 for all of them",
     )
     label(axes, left, 0.25, "4 + 8/64 + 32/(64 · 256) = 4.127 bits a weight", ha="left")
+    return figure
+
+
+def training_loop() -> Figure:
+    """The five parts of a training step in a ring, with what each reads and what each writes."""
+    figure, axes = canvas(
+        7.5,
+        2.4,
+        "Five boxes in a row, joined by arrows, and an arrow from the last back to the first. Forward reads the batch "
+        "and W, A, B, and writes logits and activations. Loss reads logits and targets and writes one number. Backward "
+        "reads the activations and writes the gradients of A and B. Clip reads the gradients and writes shorter ones. "
+        "Step reads gradients and moments and writes A, B and moments.",
+    )
+    parts = {
+        "forward": ("batch, $W$, $A$, $B$", "logits,\nactivations"),
+        "loss": ("logits,\ntargets", "one number"),
+        "backward": ("activations,\n$W$, $A$, $B$", "gradients of\n$A$ and $B$"),
+        "clip": ("gradients", "gradients,\nnot too long"),
+        "step": ("gradients,\nmoments", "$A$, $B$,\nmoments"),
+    }
+    wide, apart, left, middle = 1.02, 1.3, 1.45, 1.5
+    for text, y in (("reads", middle + 0.55), ("writes", middle - 0.55)):
+        label(axes, 0.1, y, text, SMALL, ha="left", color=QUIET, style="italic")
+    for number, (name, (reads, writes)) in enumerate(parts.items()):
+        x = left + apart * number
+        box(axes, (x, middle), (wide, 0.42), "trained" if name == "step" else "plain", name, TEXT + 1)
+        label(axes, x, middle + 0.55, reads, SMALL)
+        label(axes, x, middle - 0.55, writes, SMALL)
+        if number:
+            arrow(axes, (x - apart + wide / 2, middle), (x - wide / 2, middle))
+    end, low = left + apart * 4 + wide / 2, 0.42
+    around = [(end + 0.2, middle), (end + 0.2, low), (0.73, low), (0.73, middle)]
+    arrow(axes, (end, middle), *around, (left - wide / 2, middle))
+    label(axes, left + apart * 2, low - 0.17, "the next batch", SMALL, color=QUIET)
     return figure
 
 

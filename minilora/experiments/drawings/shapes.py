@@ -27,6 +27,7 @@ class Role(NamedTuple):
 ROLES = {
     "frozen": Role("#DEDEDE", "#767676", INK),
     "trained": Role("#0072B2", "#004C78", "white"),
+    "second": Role("#E69F00", "#9A6A00", INK),  # another adapter
     "quantized": Role("#BFE3D6", "#00795A", INK, ".."),
     "plain": Role("white", "#767676", INK),
     "empty": Role("white", "#BBBBBB", QUIET),
