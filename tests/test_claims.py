@@ -372,9 +372,8 @@ def test_a_scale_is_asked_for_alone(book, monkeypatch):
 def test_the_plain_figure_shows_what_a_claim_compares(book, monkeypatch, tmp_path):
     ledger.run_named("small")
     drawn = []
-    monkeypatch.setattr(
-        "matplotlib.figure.Figure.savefig", lambda figure, path, **_: (drawn.append(figure), path.touch())
-    )
+    keep = "minilora.experiments.pictures.Figure.write"
+    monkeypatch.setattr(keep, lambda figure, path: (drawn.append(figure), path.touch()))
     report.draw("dora", "tiny", tmp_path)
     assert [label.get_text() for label in drawn[0].axes[0].get_xticklabels()] == ["lora", "dora"]
 

@@ -234,11 +234,11 @@ def test_what_overfits_is_drawn_as_curves_and_all_else_as_a_map(name, tmp_path, 
     """The stored runs: curves of the arms that the claim compares, the map of all."""
     shown = {}
 
-    def keep(figure, path, **how):
+    def keep(figure, path):
         shown[path.name.split(".")[1]] = [axes.get_title().partition("\n")[0] for axes in figure.axes]
         path.touch()
 
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", keep)
+    monkeypatch.setattr("minilora.experiments.pictures.Figure.write", keep)
     report.draw(name, "tiny", tmp_path)
     expected = {
         "tiny-overfit": ["lora few", "lora many"],

@@ -223,20 +223,15 @@ def codes_of(code: str) -> list[str]:
     return [action, thing, rest.split("#")[0]]
 
 
-def test_names_of_lines_do_not_overlap():
-    places = forgetting_figures.apart([0.1, 0.11, 0.5, 0.99, 0.995, 1.0], 0.07)
-    assert all(b - a >= 0.07 - 1e-9 for a, b in zip(places, places[1:], strict=False)) and places[-1] <= 1
-    assert places[:3:2] == [0.1, 0.5], "what has room stays"
-
-
 def test_both_figures_name_every_line():
     kinds = {"story": [0.5, 0.7], "answer by heart": [0.0, 1.0]}
     run = of((8, 0), (1, 1.0), kinds=kinds)
     runs = {arm: {0: run, 1: run} for arm in forgetting.ARMS if arm not in ("base", "r=8 halved")} | {
         "base": {0: of((8, 0))}
     }
-    (axes,) = forgetting_figures.frontier("made up", runs).axes
-    named = {text.get_text() for text in axes.texts}
+    figure = forgetting_figures.frontier("made up", runs)
+    names = [*figure.axes[0].texts, *(text for legend in figure.legends for text in legend.get_texts())]
+    named = {text.get_text() for text in names}
     assert {"LoRA r=8", "LoRA r=8, rate/3", "full fine-tuning", "base"} <= named and len(named) == len(runs)
     (axes,) = forgetting_figures.kinds_by_step("made up", {"r=8": runs["r=8"]}).axes
     assert {text.get_text() for text in axes.texts} == set(kinds)

@@ -329,6 +329,6 @@ def test_the_figure_shows_every_rate_and_what_the_pairs_say():
         "said, DPO at 0.001": 80,
         "said, SFT on the chosen": 90,
         "preference accuracy, DPO": 100,
-        "chosen answer, DPO at 0.001": -80,
+        "chosen answer": -80,
         "rejected answer": -9,
     }

@@ -305,9 +305,9 @@ def test_the_figures_show_every_arm_and_the_way_of_those_that_learn():
     assert {(way.get_xdata()[0], way.get_ydata()[0]) for way in ways} == {(0.405, 12)}, "from the start's mean"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["start", "r=8", "KL 0.2"]
     figure = curves({"reward": 2, "right": 1}, "share")("made up", runs)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+    assert {text.get_text() for text in figure.axes[0].texts} == {
         "r=8, reward",
         "r=8, right",
         "KL 0.2, reward",
         "KL 0.2, right",
-    ], "the start has no steps"
+    }, "the start has no steps"

@@ -100,7 +100,7 @@ def _compare(experiments: list[Experiment], seeds: list[int], out: Path, progres
     write_json(out / "results.json", results)
     for name, figure in figures.comparison_figures(results).items():
         with replacing(out / f"{name}.png") as temporary:
-            figure.savefig(temporary, dpi=150)
+            figure.write(temporary)
     print(table(results))
     print(samples_text(before, after, dataset))
     return results

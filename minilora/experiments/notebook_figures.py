@@ -5,88 +5,133 @@ from collections.abc import Sequence
 
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-from minilora.experiments.figures import LEGEND, Figure, finished, look_of, methods_of, new_figure, rows_downward
+from minilora.experiments.figures import methods_of
+from minilora.experiments.looks import (
+    BLACK,
+    GREY,
+    HATCHES,
+    LIGHT,
+    ORANGE,
+    PINK,
+    SKY,
+    SMALL,
+    Look,
+    finished,
+    legend_below,
+    log_ticks,
+    look_of,
+    looks_of,
+    new_figure,
+    rows_downward,
+)
+from minilora.experiments.pictures import Figure, redrawable
 from minilora.memory import KINDS
 
 Numbers = Sequence[float]
 Curve = tuple[Numbers, Numbers]  # x values, y values
 # None of these colours is that of a method in the same figure.
-SCHEME_COLOURS = {"int4": "#E69F00", "fp4": "#CC79A7", "nf4": "#000000"}
-KIND_COLOURS = {"weights": "#999999", "gradients": "#E69F00", "optimizer": "#CC79A7", "activations": "#56B4E9"}
-DOTS = dict(marker="o", markersize=3)
+SCHEMES = {
+    "int4": Look("int4", ORANGE, "--", "s"),
+    "fp4": Look("fp4", PINK, ":", "^"),
+    "nf4": Look("nf4", BLACK),
+}
+KIND_COLOURS = {"weights": GREY, "gradients": ORANGE, "optimizer": PINK, "activations": SKY}
 
 
+@redrawable
 def seed_dots(results: dict, methods: Sequence[str]) -> Figure:
     """Best validation loss of every seed, a row for each of the methods and a bar at its mean."""
     figure, (axes,) = new_figure(height=1 + 0.25 * len(methods))
     for place, method in enumerate(methods):
         losses = [row["best_validation_loss"] for row in methods_of(results)[method]]
-        colour = look_of(method).colour
-        axes.plot(losses, [place] * len(losses), "o", color=colour, markersize=4, alpha=0.7)
-        axes.plot(statistics.mean(losses), place, "|", color=colour, markersize=14)
+        look = look_of(method)
+        axes.plot(losses, [place] * len(losses), look.marker, color=look.colour, markersize=5, alpha=0.8)
+        axes.plot(statistics.mean(losses), place, "|", color=look.colour, markersize=14)
     rows_downward(axes, [look_of(method).label for method in methods], None, 0.05)
-    axes.set(xlabel="best validation loss (nats/token)", title=f"Task: {results['task']}, every seed a dot")
+    axes.grid(axis="y", color=LIGHT, linewidth=0.6)
+    axes.locator_params(axis="x", nbins=5)
+    axes.set(xlabel="best validation loss (nats/token)", title=f"Task: {results['task']}, a mark for each seed")
     return figure
 
 
+@redrawable
 def memory_stacks(splits: dict[str, dict[str, int]], title: str) -> Figure:
     """The split at the moment of the peak, stacked, one bar for each case: where the bytes go."""
-    figure, (axes,) = new_figure(height=1.2 + 0.4 * len(splits))
+    figure, (axes,) = new_figure(5.5, 1.3 + 0.4 * len(splits))
     left = [0.0] * len(splits)
-    for kind in KINDS:
+    for kind, hatch in zip(KINDS, HATCHES, strict=False):
         values = [split[kind] for split in splits.values()]
-        axes.barh(range(len(splits)), values, left=left, color=KIND_COLOURS[kind], label=kind)
+        style = dict(color=KIND_COLOURS[kind], hatch=hatch, edgecolor="white", label=kind)
+        axes.barh(range(len(splits)), values, left=left, **style)
         left = [start + value for start, value in zip(left, values, strict=True)]
     for place, total in enumerate(left):
-        axes.text(total, place, f" {EngFormatter('B', places=1)(total)}", va="center", fontsize="small")
+        axes.text(total, place, f" {EngFormatter('B', places=1)(total)}", va="center", fontsize=SMALL)
     rows_downward(axes, list(splits), "B", 0.15)
-    axes.set(xlabel="bytes at the peak (k, M, G: powers of 1000)", title=title)
-    figure.legend(**LEGEND, ncols=4, loc="outside lower center")
-    return figure
+    return finished(figure, axes, xlabel="bytes at the peak (k, M, G: powers of 1000)", title=title)
 
 
+@redrawable
 def singular_values(spectra: dict[str, Numbers], title: str = "Singular values of ΔW") -> Figure:
     """Sorted singular values, each spectrum divided by its largest."""
     figure, (axes,) = new_figure()
-    for name, values in spectra.items():
-        relative = [value / values[0] for value in values]
-        axes.plot(range(1, len(values) + 1), relative, label=name, color=look_of(name).colour)
+    for name, look in looks_of(spectra).items():
+        relative = [value / spectra[name][0] for value in spectra[name]]
+        axes.plot(range(1, len(relative) + 1), relative, **look.style | {"marker": ""})
     axes.set_yscale("log")
     return finished(figure, axes, xlabel="number of the singular value", ylabel="relative to the largest", title=title)
 
 
+@redrawable
 def energy_curves(spectra: dict[str, Numbers], title: str = "How low is the rank of ΔW?") -> Figure:
     """The share of ‖ΔW‖² that the first r singular directions hold, against r."""
     figure, (axes,) = new_figure()
-    for name, values in spectra.items():
-        squares = [value**2 for value in values]
+    for name, look in looks_of(spectra).items():
+        squares = [value**2 for value in spectra[name]]
         shares = [sum(squares[:r]) / sum(squares) for r in range(1, len(squares) + 1)]
-        axes.plot(range(1, len(shares) + 1), shares, label=name, color=look_of(name).colour)
+        axes.plot(range(1, len(shares) + 1), shares, **look.style | {"marker": ""})
     axes.set_xscale("log", base=2)
-    return finished(figure, axes, xlabel="rank r", ylabel="share of ‖ΔW‖²", ylim=(0, 1.02), title=title)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="rank r", ylabel="share of ‖ΔW‖²", ylim=(0, 1.02), title=title)
+    legend_below(figure, axes)  # all curves end in one point
+    return figure
 
 
-def lines(curves: dict[str, Curve], xlabel: str, ylabel: str, title: str, log_x: bool = False) -> Figure:
-    """Named curves (x values, y values), in the methods' colours where a name is a method's."""
+@redrawable
+def lines(
+    curves: dict[str, Curve], xlabel: str, ylabel: str, title: str, log_x: bool = False, log_y: bool | None = None
+) -> Figure:
+    """Named curves (x values, y values), in the methods' looks where a name is a method's.
+
+    log_y: None for a logarithmic axis where the largest value is more than ten times the smallest.
+    """
     figure, (axes,) = new_figure()
-    axes.set_prop_cycle(color=["#999999", "#000000", "#F0E442", "#CC79A7"])  # of other names
-    for name, (x, y) in curves.items():
-        label, colour, line = look_of(name)
-        axes.plot(x, y, line, label=label, color=colour, **DOTS)
+    for name, look in looks_of(curves).items():
+        axes.plot(*curves[name], **look.style)
     if log_x:
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
+        places = sorted({x for values, _ in curves.values() for x in values})
+        if len(places) < 10:
+            axes.set_xticks(places, [f"{x:.3g}" for x in places])
+            axes.set_xticks([], minor=True)
+        else:
+            axes.xaxis.set_major_formatter("{x:g}")
+    every = [value for _, values in curves.values() for value in values if value is not None]
+    if log_y or log_y is None and 0 < 10 * min(every) < max(every):
+        axes.set_yscale("log")
+        log_ticks(axes.yaxis, every)
     return finished(figure, axes, xlabel=xlabel, ylabel=ylabel, title=title)
 
 
+@redrawable
 def scatter(points: dict[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str, title: str) -> Figure:
     """Clouds of points (x, y) side by side, one for each method, on the same logarithmic axes."""
     figure, panels = new_figure(1 + 2.2 * len(points), 2.8, columns=len(points))
     for axes, (method, pairs) in zip(panels, points.items(), strict=True):
         axes.plot(*zip(*pairs, strict=True), ".", color=look_of(method).colour, markersize=3)
         axes.set(xscale="log", yscale="log", title=look_of(method).label)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 3)))
+        for number, axis in enumerate((axes.xaxis, axes.yaxis)):
+            values = [pair[number] for each in points.values() for pair in each]
+            axis.set_major_locator(LogLocator(subs=(1,) if max(values) > 30 * min(values) else (1, 3)))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter(NullFormatter())
     figure.supxlabel(xlabel, fontsize="medium")
@@ -95,6 +140,7 @@ def scatter(points: dict[str, Sequence[tuple[float, float]]], xlabel: str, ylabe
     return figure
 
 
+@redrawable
 def learning_rate_grids(tuned: dict[str, dict], title: str) -> Figure:
     """Best validation loss over learning rate; the chosen rate of each method is ringed.
 
@@ -102,38 +148,42 @@ def learning_rate_grids(tuned: dict[str, dict], title: str) -> Figure:
     A loss of None (the run diverged) leaves a gap.
     """
     figure, (axes,) = new_figure()
-    for method, choice in tuned.items():
+    for method, look in looks_of(tuned).items():
+        choice = tuned[method]
         tried = {point["learning_rate"]: point["validation_loss"] for point in choice["grid"]}
         losses = [float("nan") if loss is None else loss for loss in tried.values()]
-        label, colour, _ = look_of(method)
-        axes.plot(list(tried), losses, color=colour, label=label, **DOTS)
+        axes.plot(list(tried), losses, **look.style)
         place = choice["chosen"], tried[choice["chosen"]]
-        axes.plot(*place, color=colour, marker="o", markersize=11, markerfacecolor="none")
+        axes.plot(*place, color=look.colour, marker="o", markersize=12, markerfacecolor="none")
     low, high = axes.get_ylim()
     if low < high / 5:  # losses on a task differ by factors, on real text by tenths
         axes.set_yscale("log")
-    loss = "best validation loss (nats/token)"
+    loss = "best validation loss\n(nats/token)"
     return finished(figure, axes, xscale="log", xlabel="learning rate", ylabel=loss, title=title)
 
 
+@redrawable
 def level_lines(curves: dict[str, Curve], levels: dict[str, float], xlabel: str, title: str) -> Figure:
     """Named curves (x values, y values) on two logarithmic axes, beside levels that do not depend on x, dashed."""
     figure, (axes,) = new_figure()
-    axes.set_prop_cycle(color=["#000000", "#56B4E9", "#CC79A7", "#E69F00"])  # no method's curve is here
+    looks = looks_of([*levels, *curves])
     for name, (x, y) in curves.items():
-        axes.plot(x, y, label=name, **DOTS)
+        axes.plot(x, y, **looks[name].style)
     for name, level in levels.items():
-        axes.axhline(level, color=look_of(name).colour, linestyle="--", linewidth=1, label=look_of(name).label)
+        axes.axhline(level, color=looks[name].colour, linestyle="--", linewidth=1, label=looks[name].label)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    return finished(figure, axes, yscale="log", xlabel=xlabel, ylabel="validation loss (nats/token)", title=title)
+    axes.set_yscale("log")
+    log_ticks(axes.yaxis, [*levels.values(), *(value for _, values in curves.values() for value in values)])
+    return finished(figure, axes, xlabel=xlabel, ylabel="validation loss (nats/token)", title=title)
 
 
+@redrawable
 def error_over_block_size(errors: dict[str, Numbers], sizes: Numbers, bits: Numbers, title: str) -> Figure:
     """Relative error of rounding over the block size, a curve for each name; under each size its bits per weight."""
     figure, (axes,) = new_figure()
     for name, values in errors.items():
-        axes.plot(sizes, values, label=name, color=SCHEME_COLOURS.get(name), **DOTS)
+        axes.plot(sizes, values, **SCHEMES.get(name, look_of(name)).style)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [f"{size}\n{price:.2f}" for size, price in zip(sizes, bits, strict=True)], fontsize="small")
     axes.set_ylim(bottom=0)
@@ -141,12 +191,14 @@ def error_over_block_size(errors: dict[str, Numbers], sizes: Numbers, bits: Numb
     return finished(figure, axes, xlabel=below, ylabel=error, title=title)
 
 
+@redrawable
 def levels_over_weights(scaled: Numbers, levels: dict[str, Numbers], title: str) -> Figure:
     """For each scheme the histogram of weights over their block's absmax, and its levels as lines through it."""
     figure, panels = new_figure(5, 1 + 1.1 * len(levels), rows=len(levels))
     for axes, (name, values) in zip(panels, levels.items(), strict=True):
-        axes.hist(scaled, bins=101, range=(-1, 1), density=True, color="#CCCCCC")
-        axes.vlines(values, 0, 1, transform=axes.get_xaxis_transform(), color=SCHEME_COLOURS.get(name), linewidth=1)
+        axes.hist(scaled, bins=101, range=(-1, 1), density=True, color=LIGHT)
+        colour = SCHEMES.get(name, look_of(name)).colour
+        axes.vlines(values, 0, 1, transform=axes.get_xaxis_transform(), color=colour, linewidth=1.2)
         axes.set_ylabel(name, rotation=0, ha="right", va="center")
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)

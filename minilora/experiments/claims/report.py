@@ -144,5 +144,5 @@ def draw(name: str, scale: str | None, folder: Path) -> list[Path]:
         if runs:
             paths.append(folder / f"{name}.{study.name}.{case.scale}.png")
             with replacing(paths[-1]) as temporary:
-                figure(f"{name}: {case.title}", runs).savefig(temporary, dpi=150)
+                figure(f"{name}: {case.title}", runs).write(temporary)
     return paths

@@ -14,8 +14,8 @@ import torch
 from minilora.adapters.prompts import Prompt
 from minilora.config import LoRAConfig
 from minilora.experiments import figures
-from minilora.experiments.figures import Figure
 from minilora.experiments.methods import BaseFolder, Experiment
+from minilora.experiments.pictures import Figure
 from minilora.experiments.run import BASE, Run, run, schedule
 from minilora.experiments.tune import TUNING_SEED
 from minilora.inference.evaluate import score_task

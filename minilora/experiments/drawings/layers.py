@@ -1,9 +1,10 @@
 """The LoRA layer, and the places in a transformer block where it stands."""
 
 from minilora.experiments.drawings.shapes import NAME, QUIET, SMALL, TEXT, arrow, box, canvas, key, label, matrix, node
-from minilora.experiments.figures import Figure
+from minilora.experiments.pictures import Figure, redrawable
 
 
+@redrawable
 def low_rank_update() -> Figure:
     """The frozen matrix W beside the trained product of B and A, from x at the bottom to y at the top."""
     figure, axes = canvas(
@@ -41,6 +42,7 @@ def low_rank_update() -> Figure:
     return figure
 
 
+@redrawable
 def lora_in_a_block() -> Figure:
     """A transformer block twice: with adapters on q_proj and v_proj, and with one on each linear layer."""
     figure, axes = canvas(

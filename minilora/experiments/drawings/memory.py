@@ -1,7 +1,7 @@
 """A training step, what it keeps, and the 4-bit block that makes the weights small."""
 
 from minilora.experiments.drawings.shapes import INK, QUIET, SMALL, TEXT, arrow, box, canvas, key, label
-from minilora.experiments.figures import Figure
+from minilora.experiments.pictures import Figure, redrawable
 from minilora.levels import nf4_levels
 
 
@@ -9,6 +9,7 @@ def nearest_level(levels: list[float], value: float) -> int:
     return min(range(len(levels)), key=lambda code: abs(levels[code] - value))
 
 
+@redrawable
 def four_bit_block() -> Figure:
     """A block of 64 weights: their one scale, the level nearest to each weight over the scale, and the codes."""
     figure, axes = canvas(
@@ -61,6 +62,7 @@ def four_bit_block() -> Figure:
     return figure
 
 
+@redrawable
 def training_loop() -> Figure:
     """The five parts of a training step in a ring, with what each reads and what each writes."""
     figure, axes = canvas(
@@ -95,6 +97,7 @@ def training_loop() -> Figure:
     return figure
 
 
+@redrawable
 def kept_for_backward() -> Figure:
     """What a training step holds in full fine-tuning, LoRA and QLoRA, as bars as long as the bytes are many."""
     figure, axes = canvas(

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Circle, FancyArrowPatch, Rectangle
 from matplotlib.textpath import TextPath
 
-from minilora.experiments.figures import Figure
+from minilora.experiments.pictures import Figure
 
 INK, QUIET = "#222222", "#555555"  # letters and arrows; remarks
 NAME, TEXT, SMALL = 14, 10.5, 9.5  # font sizes, in points

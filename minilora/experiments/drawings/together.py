@@ -3,9 +3,10 @@
 from matplotlib.patches import Rectangle
 
 from minilora.experiments.drawings.shapes import NAME, QUIET, SMALL, TEXT, arrow, box, canvas, key, label, node
-from minilora.experiments.figures import Figure
+from minilora.experiments.pictures import Figure, redrawable
 
 
+@redrawable
 def adapters_by_row() -> Figure:
     """A batch whose rows have different adapters: one product with W for all, two small ones for each row."""
     figure, axes = canvas(
@@ -46,6 +47,7 @@ def adapters_by_row() -> Figure:
     return figure
 
 
+@redrawable
 def adapters_added() -> Figure:
     """Two adapters made one: the sum of their products, the same as one product of rank 2r, cut to rank r."""
     figure, axes = canvas(
@@ -87,6 +89,7 @@ def adapters_added() -> Figure:
     return figure
 
 
+@redrawable
 def data_parallel() -> Figure:
     """Two devices with the frozen base on each: only the gradients of A and B go over the wire."""
     figure, axes = canvas(

@@ -18,9 +18,10 @@ from minilora.experiments.drawings.shapes import (
     label,
     matrix,
 )
-from minilora.experiments.figures import Figure
+from minilora.experiments.pictures import Figure, redrawable
 
 
+@redrawable
 def length_and_direction() -> Figure:
     """DoRA: a row of W as an arrow, turned by LoRA's change, and then given the trained length m."""
     figure, axes = canvas(
@@ -60,6 +61,7 @@ def length_and_direction() -> Figure:
     return figure
 
 
+@redrawable
 def pissa_split() -> Figure:
     """PiSSA: the r largest singular values of W become B and A; the rest of W is the frozen matrix."""
     figure, axes = canvas(

@@ -3,17 +3,31 @@
 from collections.abc import Mapping
 from statistics import fmean
 
-from minilora.experiments.figures import LEGEND, Figure, new_figure
+from minilora.experiments.looks import (
+    BLACK,
+    BLUE,
+    GREEN,
+    LEGEND,
+    ORANGE,
+    PINK,
+    SKY,
+    VERMILION,
+    finished,
+    new_figure,
+    titled,
+)
+from minilora.experiments.pictures import Figure, redrawable
 
 Curve = dict[str, list[float]]  # by what is measured
-RATES = (("#56B4E9", "v"), ("#0072B2", "o"), ("#009E73", "s"), ("#CC79A7", "D"))  # of DPO, from low to high
+RATES = ((SKY, "v"), (BLUE, "o"), (GREEN, "s"), (PINK, "D"))  # of DPO, from low to high
 
 
+@redrawable
 def what_is_said(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figure:
     """Means over seeds. Above, samples in the chosen style for each rate of DPO and for the best of supervised
     training, and the preference accuracy, which all rates of DPO share; below, the log-probabilities of both answers
     at the rate that comes to say the style most."""
-    figure, (upper, lower) = new_figure(5.4, 4.6, rows=2)
+    figure, (upper, lower) = new_figure(6, 4.8, rows=2)
     curves = {name: mean_curve(by_seed) for name, by_seed in runs.items() if by_seed}
     dpo = {name: curve for name, curve in curves.items() if name.rpartition(" ")[0] == "dpo"}
     sft = [curve for name, curve in curves.items() if name.rpartition(" ")[0] == "sft"]
@@ -25,22 +39,21 @@ def what_is_said(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figur
             max(sft, key=lambda curve: curve["said"][-1]),
             "said",
             "said, SFT on the chosen",
-            "#E69F00",
+            ORANGE,
             ":^",
             100,
         )
     if dpo:
         looks = zip(*(curve["accuracy"] for curve in dpo.values()), strict=True)
         accuracy = {"step": next(iter(dpo.values()))["step"], "accuracy": list(map(fmean, looks))}
-        line(upper, accuracy, "accuracy", "preference accuracy, DPO", "#000000", "--x", 100)
+        line(upper, accuracy, "accuracy", "preference accuracy, DPO", BLACK, "--x", 100)
         name = max(dpo, key=lambda name: max(dpo[name]["said"]))
         rate = name.rpartition(" ")[2]
-        line(lower, dpo[name], "chosen", f"chosen answer, DPO at {rate}", "#009E73", "-s", 1)
-        line(lower, dpo[name], "rejected", "rejected answer", "#D55E00", "--x", 1)
-        lower.legend(**LEGEND)
+        line(lower, dpo[name], "chosen", "chosen answer", GREEN, "-s", 1)
+        line(lower, dpo[name], "rejected", "rejected answer", VERMILION, "--x", 1)
+        finished(figure, lower, xlabel="optimizer steps", ylabel=f"log-probability at {rate}\n(nats an answer)")
     upper.set(ylabel="share (%)", ylim=(-4, 104))
-    lower.set(xlabel="optimizer steps", ylabel="log-probability\n(nats an answer)")
-    upper.set_title(title, fontsize="small", wrap=True)
+    titled(upper, title)
     figure.legend(*upper.get_legend_handles_labels(), **LEGEND, loc="outside upper center", ncols=2)
     return figure
 

@@ -5,15 +5,17 @@ from statistics import fmean
 
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator
 
-from minilora.experiments.figures import LEGEND, Figure, new_figure
+from minilora.experiments.looks import BLACK, BLUE, ORANGE, VERMILION, legend_below, new_figure, titled
+from minilora.experiments.pictures import Figure, redrawable
 
 LINES = {
-    "hard": ("right answers of the data", "#D55E00", "-o"),
-    "written": ("answers that the teacher writes", "#E69F00", ":^"),
-    "soft": ("the teacher's probabilities", "#0072B2", "--s"),
+    "hard": ("right answers of the data", VERMILION, "-o"),
+    "written": ("answers that the teacher writes", ORANGE, ":^"),
+    "soft": ("the teacher's probabilities", BLUE, "--s"),
 }
 
 
+@redrawable
 def loss_over_examples(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figure:
     """Means of the best validation loss with a bar from lowest to highest seed, both axes logarithmic."""
     figure, (axes,) = new_figure(5, 3.2)
@@ -34,14 +36,14 @@ def loss_over_examples(title: str, runs: Mapping[str, Mapping[int, Mapping]]) ->
     for name, label in (("teacher", "the teacher itself"), ("base", "")):
         if label and runs.get(name):
             loss = fmean(run["best_validation_loss"] for run in runs[name].values())
-            axes.axhline(loss, color="#000000", linestyle="-.", linewidth=1, label=f"{label}, {loss:.3f}")
+            axes.axhline(loss, color=BLACK, linestyle="-.", linewidth=1, label=f"{label}, {loss:.3f}")
     axes.set(xscale="log", yscale="log", xlabel="examples", ylabel="best validation loss\n(nats/token)")
     axes.xaxis.set_major_locator(FixedLocator(sorted(sizes)))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_title(title, fontsize="small", wrap=True)
-    axes.legend(**LEGEND)
+    titled(axes, title)
+    legend_below(figure, axes)
     return figure

@@ -5,16 +5,18 @@ from statistics import fmean
 
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from minilora.experiments.figures import Figure, new_figure
+from minilora.experiments.looks import BLUE, DARK, LEGEND, VERMILION, new_figure, titled
+from minilora.experiments.pictures import Figure, redrawable
 
 Runs = Mapping[str, Mapping[int, Mapping]]  # by arm and by seed
 KINDS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn")  # of a matrix, and where it stands
 KINDS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
 NAMES = {"gradient": "from the gradient", "adalora": "AdaLoRA", "third": "steepest third"}
 ALIKE = {"one alpha": "gradient, one alpha", "shuffled": "gradient, shuffled", "gradient /3": "gradient, rate/3"}
-LOOKS = {"hand": ("#0072B2", "o"), "program": ("#D55E00", "s"), "chance": ("#666666", "^")}
+LOOKS = {"hand": (BLUE, "o"), "program": (VERMILION, "s"), "chance": (DARK, "^")}
 
 
+@redrawable
 def losses_by_arm(title: str, runs: Runs) -> Figure:
     """A dot for each seed's loss, a line for the mean; choices by hand, by a program and by chance look different."""
     runs = {arm: by_seed for arm, by_seed in runs.items() if arm != "base"}  # its loss is many times as high
@@ -27,19 +29,20 @@ def losses_by_arm(title: str, runs: Runs) -> Figure:
         axes.plot([fmean(values)] * 2, [place - 0.35, place + 0.35], color=colour, linewidth=2)
     if "uniform" in runs:
         mean = fmean(record["best_validation_loss"] for record in runs["uniform"].values())
-        axes.axvline(mean, color="#0072B2", linestyle=":", linewidth=1)
+        axes.axvline(mean, color=BLUE, linestyle=":", linewidth=1)
     axes.set_yticks(range(len(runs)), [(NAMES | ALIKE).get(arm, arm.replace(" /", ", rate/")) for arm in runs])
     axes.invert_yaxis()
     axes.set(xlabel="best validation loss (nats/token)", xscale="log")  # rules are on percents
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 7, 8)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_title(title, fontsize="small", wrap=True)
+    titled(axes, title)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    figure.legend(handles.values(), handles, **LEGEND, loc="outside lower center", ncols=3)
     return figure
 
 
+@redrawable
 def rank_maps(title: str, runs: Runs) -> Figure:
     """Which layers get ranks: mean over seeds by layer and by kind of matrix, one map for each program."""
     arms = [arm for arm in NAMES if arm in runs]

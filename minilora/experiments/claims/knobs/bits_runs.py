@@ -20,8 +20,9 @@ from minilora.experiments.bench_ratios import ModelBenchSettings
 from minilora.experiments.claims.claim import interval
 from minilora.experiments.claims.study import Setting
 from minilora.experiments.claims.uses.basics import directions
-from minilora.experiments.figures import LEGEND, Figure, new_figure
+from minilora.experiments.looks import BLACK, BLUE, DARK, SMALL, legend_below, new_figure, titled
 from minilora.experiments.methods import BaseFolder
+from minilora.experiments.pictures import Figure, redrawable
 from minilora.experiments.run import schedule
 from minilora.inference.evaluate import score_task
 from minilora.linear4bit import dequantize_model, float_linears, quantize_model
@@ -103,6 +104,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     return record
 
 
+@redrawable
 def above_floats(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figure:
     """How far each arm's loss lies above that of the floats, nats per token, paired by seed: before training and after,
     a dot a seed, the mean and its 90 % interval."""
@@ -110,8 +112,8 @@ def above_floats(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figur
     arms = [arm for arm in runs if arm != "floats" and set(runs[arm]) & set(reference)]
     figure, (axes,) = new_figure(height=1.4 + 0.34 * len(arms))
     for at, (label, colour, marker, shift) in {
-        0: ("before training", "#999999", "s", -0.17),
-        -1: ("after", "#0072B2", "o", 0.17),
+        0: ("before training", DARK, "s", -0.17),
+        -1: ("after", BLUE, "o", 0.17),
     }.items():
         for place, arm in enumerate(arms):
             floats = {seed: reference[seed] for seed in runs[arm] if seed in reference}
@@ -123,20 +125,20 @@ def above_floats(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figur
             axes.scatter(rises, [place + shift] * len(rises), s=14, alpha=0.6, label="" if place else label, **look)
             if len(rises) > 1:
                 low, mean, high = interval(rises)
-                axes.errorbar(mean, place + shift, xerr=[[mean - low], [high - mean]], color="black", capsize=3)
+                axes.errorbar(mean, place + shift, xerr=[[mean - low], [high - mean]], color=BLACK, capsize=3)
             axes.annotate(
                 f"{fmean(rises):+.3f}",
                 (1.02, place + shift),
                 xycoords=("axes fraction", "data"),
                 va="center",
-                fontsize="small",
+                fontsize=SMALL,
                 color=colour,
             )
-    axes.axvline(0, color="black", linewidth=1)
+    axes.axvline(0, color=BLACK, linewidth=1)
     axes.set_yticks(range(len(arms)), arms)
     axes.invert_yaxis()
-    axes.set_title(title, fontsize="small", wrap=True)
+    titled(axes, title)
     axes.set(xlabel="loss above that of the floats (nats/token)")
     if arms:
-        figure.legend(**LEGEND, loc="outside lower center", ncols=2)
+        legend_below(figure, axes)
     return figure

@@ -5,10 +5,11 @@ import textwrap
 from collections.abc import Mapping
 
 from minilora.experiments.claims.claim import interval
-from minilora.experiments.figures import LEGEND, Figure, look_of, new_figure
+from minilora.experiments.looks import BLUE, DARK, SMALL, VERMILION, legend_below, look_of, new_figure, titled
+from minilora.experiments.pictures import Figure, redrawable
 
 WITHIN = 5  # percent of the loss with rank 8: the claims' bar
-LOOKS = {"rank, on all linears": ("o", "#0072B2"), "elsewhere, as many numbers": ("s", "#D55E00"), "": ("D", "#666666")}
+LOOKS = {"rank, on all linears": ("o", BLUE), "elsewhere, as many numbers": ("s", VERMILION), "": ("D", DARK)}
 
 
 def group_of(arm: str, method: str) -> str:
@@ -18,6 +19,7 @@ def group_of(arm: str, method: str) -> str:
     return ranks if arm.startswith("r=") else elsewhere
 
 
+@redrawable
 def ladder(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figure:
     """A mean with its 90 % interval and a dot for each seed; under it the right answers. The untuned base is named."""
     trained = {arm: list(by_seed.values()) for arm, by_seed in runs.items() if arm != "base"}
@@ -37,18 +39,18 @@ def ladder(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figure:
         if "scores" in records[0]:
             ticks[-1] += f"\n{statistics.mean(record['scores']['task'] for record in records):.0%}"
         if arm == "r=8":
-            near = {"color": "#0072B2", "alpha": 0.12, "linewidth": 0, "label": f"within {WITHIN} % of r=8"}
+            near = {"color": BLUE, "alpha": 0.12, "linewidth": 0, "label": f"within {WITHIN} % of r=8"}
             axes.axhspan(mean * (1 - WITHIN / 100), mean * (1 + WITHIN / 100), **near)
     for label, points in lines.items():
         marker, colour = LOOKS[label]
         style = f"-{marker}" if label.startswith("rank") else marker
         axes.plot(*zip(*points, strict=True), style, color=colour, markersize=5, label=label) if points else None
-    axes.set_xticks(range(len(ticks)), ticks, fontsize="x-small")
+    axes.set_xticks(range(len(ticks)), ticks, fontsize=SMALL - 1)
     if any("%" in tick for tick in ticks):
-        axes.set_xlabel("percent: right answers", fontsize="small")
+        axes.set_xlabel("percent: right answers", fontsize=SMALL)
     before = [record["best_validation_loss"] for record in runs.get("base", {}).values()]
     untuned = f"; untuned base {statistics.mean(before):.3g}" if before else ""
     axes.set(ylabel="best validation loss (nats/token)")
-    axes.set_title(f"{title}{untuned}", fontsize="small", wrap=True)
-    axes.legend(**LEGEND)
+    titled(axes, f"{title}{untuned}")
+    legend_below(figure, axes)
     return figure

@@ -1,45 +1,42 @@
 """The figures of the claims about rates: curves, their lowest points, and what moves these."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from statistics import fmean, geometric_mean
 
-from matplotlib.ticker import LogLocator, NullFormatter
-
 from minilora.experiments.claims.knobs.rates_runs import best, share_needed
-from minilora.experiments.figures import LEGEND, LOOKS, Figure, finished, new_figure
+from minilora.experiments.looks import (
+    DARK,
+    LIGHT,
+    LOOKS,
+    OTHERS,
+    SMALL,
+    finished,
+    legend_below,
+    log_ticks,
+    new_figure,
+    titled,
+)
+from minilora.experiments.pictures import Figure, redrawable
 
 Runs = Mapping[str, Mapping[int, Mapping]]  # by arm and by seed
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")  # of arms that are not full fine-tuning
-MARKERS, LINES = "s^Dv<>", ("--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)))
 RATE = "learning rate"
 
 
 def looks(arms: Sequence[str]) -> dict[str, dict]:
-    """Colour, marker and line: full fine-tuning's everywhere the same, and others in their order."""
+    """Colour, marker and line: full fine-tuning's everywhere the same colour, and others in their order."""
     own: dict[str, dict] = {}
-    others = 0
+    full = iter(OTHERS)  # of these the lines alone
+    others = [look for look in OTHERS if look.colour != LOOKS["full"].colour]
     for arm in arms:
         if arm.startswith("full"):
-            own[arm] = dict(color=LOOKS["full"].colour, marker="o", linestyle="-" if arm == "full" else LINES[len(own)])
+            own[arm] = dict(color=LOOKS["full"].colour, marker="o", linestyle=next(full).line)
         else:
-            place, others = others % len(COLOURS), others + 1
-            own[arm] = dict(color=COLOURS[place], marker=MARKERS[place], linestyle=LINES[place])
+            look = others[sum(not name.startswith("full") for name in own) % len(others)]
+            own[arm] = dict(color=look.colour, marker=look.marker if look.marker != "o" else "s", linestyle=look.line)
     return own
 
 
-def titled(axes, title: str):
-    axes.set_title(textwrap.fill(title, 60), fontsize="small")
-
-
-def log_ticks(axis, low_and_high: Sequence[float]):
-    """1, 2 and 5 of each decade, as far as there is room; and no other names."""
-    wide = max(low_and_high) / min(low_and_high)
-    axis.set_major_locator(LogLocator(subs=(1,) if wide > 1000 else (1, 3) if wide > 30 else (1, 2, 5), numticks=20))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
-
-
+@redrawable
 def rate_curves(title: str, runs: Runs) -> Figure:
     """The last loss over the rate: a thin line a seed, a thick one through the means, and a mark on the axis at the
     best rate, the mean of the seeds'. What is far above the best of every arm is cut off."""
@@ -65,10 +62,11 @@ def rate_curves(title: str, runs: Runs) -> Figure:
     log_ticks(axes.yaxis, axes.get_ylim())
     titled(axes, title)
     axes.set(xlabel=RATE, ylabel="last validation loss\n(nats/token)")
-    figure.legend(**LEGEND, loc="outside lower center", ncols=2)
+    legend_below(figure, axes)
     return figure
 
 
+@redrawable
 def best_rates(title: str, runs: Runs) -> Figure:
     """The best rate of each arm: a dot a seed, and a bar at their mean with its number."""
     figure, (axes,) = new_figure(5, max(3, 1 + 0.28 * len(runs)))
@@ -83,13 +81,14 @@ def best_rates(title: str, runs: Runs) -> Figure:
     axes.set_yticks(range(len(runs)), [LOOKS["full"].label if arm == "full" else arm for arm in runs])
     axes.invert_yaxis()
     axes.set_xlim(min(middles) / 2, max(middles) * 4)
-    axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+    axes.grid(axis="x", color=LIGHT, linewidth=0.6)
     axes.set_axisbelow(True)
     log_ticks(axes.xaxis, middles)
     titled(axes, title)
     return figure
 
 
+@redrawable
 def alpha_law(title: str, runs: Runs) -> Figure:
     """The best rate over alpha, and the two laws it might follow through the middle of the first alpha's seeds."""
     figure, (axes,) = new_figure()
@@ -98,17 +97,19 @@ def alpha_law(title: str, runs: Runs) -> Figure:
     middles = [geometric_mean(by_alpha[alpha]) for alpha in alphas]
     for power, line, label in ((1, "--", "product alone: 1/alpha"), (0.5, ":", "1/√alpha")):
         law = [middles[0] * (alpha / alphas[0]) ** -power for alpha in alphas]
-        axes.plot(alphas, law, line, color="#666666", linewidth=1, label=label)
+        axes.plot(alphas, law, line, color=DARK, linewidth=1, label=label)
     for alpha in alphas:
         axes.plot([alpha] * len(by_alpha[alpha]), by_alpha[alpha], "o", color=LOOKS["lora"].colour, markersize=3)
     axes.plot(alphas, middles, "-s", color=LOOKS["lora"].colour, markersize=5, markerfacecolor="white", label="LoRA")
     axes.set(xscale="log", yscale="log")
     axes.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
+    log_ticks(axes.yaxis, [rate for rates in by_alpha.values() for rate in rates])
     axes.set_xticks([], minor=True)
     titled(axes, title)
     return finished(figure, axes, xlabel="alpha, at rank 8", ylabel=f"best {RATE}")
 
 
+@redrawable
 def loss_curves(title: str, runs: Runs) -> Figure:
     """The validation loss along the run, means over seeds."""
     figure, (axes,) = new_figure()
@@ -122,6 +123,7 @@ def loss_curves(title: str, runs: Runs) -> Figure:
     return finished(figure, axes, xlabel="optimizer steps", ylabel="validation loss\n(nats/token)")
 
 
+@redrawable
 def batches(title: str, runs: Runs) -> Figure:
     """The loss at the best rate over the batch; beside LoRA's, how much of full fine-tuning's run it takes to be there.
 
@@ -141,7 +143,7 @@ def batches(title: str, runs: Runs) -> Figure:
                 for seed, record in by_seed.items()
                 if seed in runs[other]
             )
-            text = dict(textcoords="offset points", fontsize="small", va="bottom", ha="right")
+            text = dict(textcoords="offset points", fontsize=SMALL, va="bottom", ha="right")
             axes.annotate(f"{needed:.0f} %", (size, max(losses)), (-4, 4), **text)
     for (method, fewer), at in points.items():
         colour, face = LOOKS[method].colour, "white" if fewer else LOOKS[method].colour
@@ -156,5 +158,5 @@ def batches(title: str, runs: Runs) -> Figure:
     log_ticks(axes.yaxis, axes.get_ylim())
     titled(axes, f"{title} (%: of full fine-tuning's run, until it is where LoRA ends)")
     axes.set(xlabel="batch (rows), at equal examples", ylabel="last validation loss\n(nats/token)")
-    figure.legend(**LEGEND, loc="outside lower center", ncols=2)
+    legend_below(figure, axes)
     return figure

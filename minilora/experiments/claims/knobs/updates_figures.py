@@ -6,15 +6,27 @@ from statistics import fmean
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from minilora.experiments.claims.knobs.updates_runs import NEAR, NEARS, SIZES
-from minilora.experiments.figures import LEGEND, Figure, finished, new_figure
+from minilora.experiments.looks import (
+    BLACK,
+    BLUE,
+    DARK,
+    GREY,
+    SKY,
+    VERMILION,
+    finished,
+    legend_below,
+    new_figure,
+    titled,
+)
+from minilora.experiments.pictures import Figure, redrawable
 
 Runs = Mapping[str, Mapping[int, Mapping]]  # by arm and by seed
 NEW = "new of the first 10\nsingular vectors"
 LOOKS = {  # colour and marker; at a rate that is not its own the line is dashed and the marker hollow
-    "full": ("#D55E00", "o"),
-    "r=8": ("#0072B2", "s"),
-    "r=1": ("#56B4E9", "^"),
-    "r=64": ("#000000", "D"),
+    "full": (VERMILION, "o"),
+    "r=8": (BLUE, "s"),
+    "r=1": (SKY, "^"),
+    "r=64": (BLACK, "D"),
 }
 
 
@@ -24,6 +36,7 @@ def style_of(arm: str) -> dict:
     return style if arm in LOOKS else {**style, "linestyle": "--", "markerfacecolor": "none", "markersize": 8}
 
 
+@redrawable
 def by_cosine(title: str, runs: Runs) -> Figure:
     """How many vectors count as new, over the cosine below which they do; means over seeds."""
     figure, (axes,) = new_figure(5, 3.2)
@@ -31,11 +44,12 @@ def by_cosine(title: str, runs: Runs) -> Figure:
         counts = [run["by_cosine"] for run in by_seed.values() if "by_cosine" in run]  # not of a run that diverged
         if counts:
             axes.plot(NEARS, list(map(fmean, zip(*counts, strict=True))), **style_of(arm))
-    axes.axvline(NEAR, color="#999999", linestyle=":", linewidth=1)
-    axes.set_title(title, fontsize="small")
+    axes.axvline(NEAR, color=GREY, linestyle=":", linewidth=1)
+    titled(axes, title)
     return finished(figure, axes, xlabel="new: its largest cosine with W's is below", ylabel=NEW)
 
 
+@redrawable
 def along_the_run(title: str, runs: Runs) -> Figure:
     """New vectors over the task loss, along each run from left to right; a line for each seed."""
     figure, (axes,) = new_figure(5, 3.2)
@@ -48,33 +62,35 @@ def along_the_run(title: str, runs: Runs) -> Figure:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.invert_xaxis()
-    axes.set_title(title, fontsize="small")
+    titled(axes, title)
     return finished(figure, axes, xlabel="task loss (nats/token): learned more to the right", ylabel=NEW)
 
 
+@redrawable
 def by_size(title: str, runs: Runs) -> Figure:
     """What two runs share of their first i directions, over i; means over seeds, beside random directions."""
     figure, (axes,) = new_figure(5, 3.4)
     records = list(runs["r=64"].values())
     looks = {
-        "seeds, ΔW": ("two seeds of r=64: ΔW", dict(color="#000000", marker="D")),
-        "seeds, A": ("their A", dict(color="#000000", marker="D", linestyle="--", markerfacecolor="white")),
-        "ranks, ΔW": ("r=8 and r=64: ΔW", dict(color="#0072B2", marker="s")),
-        "ranks, A": ("their A", dict(color="#0072B2", marker="s", linestyle="--", markerfacecolor="white")),
+        "seeds, ΔW": ("ΔW of two seeds, r=64", dict(color=BLACK, marker="D")),
+        "seeds, A": ("A of two seeds, r=64", dict(color=BLACK, marker="D", linestyle="--", markerfacecolor="white")),
+        "ranks, ΔW": ("ΔW of r=8 and r=64", dict(color=BLUE, marker="s")),
+        "ranks, A": ("A of r=8 and r=64", dict(color=BLUE, marker="s", linestyle="--", markerfacecolor="white")),
     }
     for name, (label, style) in looks.items():
         shares = [100 * fmean(at) for at in zip(*(record["shared"][name] for record in records), strict=True)]
         axes.plot(SIZES[: len(shares)], shares, label=label, markersize=4, **style)
     chance = [100 * share for share in records[0]["chance"]]
-    axes.plot(SIZES, chance, color="#999999", linestyle=":", label="random directions")
+    axes.plot(SIZES, chance, color=GREY, linestyle=":", label="random directions")
     axes.set_xscale("log", base=2)
     axes.set_xticks(SIZES, SIZES)
     axes.set(xlabel="first directions compared", ylabel="share in common (%)", ylim=(0, None))
-    axes.set_title(title, fontsize="small")
-    figure.legend(**LEGEND, loc="outside lower center", ncols=3)
+    titled(axes, title)
+    legend_below(figure, axes)
     return figure
 
 
+@redrawable
 def by_length(title: str, runs: Runs) -> Figure:
     """The rank of ΔW over the steps of a run, a line for each seed, beside LoRA's 8 and what the matrices allow."""
     figure, (axes,) = new_figure(5, 3.4)
@@ -87,12 +103,12 @@ def by_length(title: str, runs: Runs) -> Figure:
         (80, ":", "ten times that"),
         (possible, "-", "the most there is"),
     ):
-        axes.axhline(height, color="#666666", linestyle=line, linewidth=1, label=label)
+        axes.axhline(height, color=DARK, linestyle=line, linewidth=1, label=label)
     axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="directions with 90 % of ‖ΔW‖²")
-    axes.set_title(title, fontsize="small")
+    titled(axes, title)
     axes.set_xticks(steps, steps)
     ticks = [tick for tick in (8, 16, 40, 80, 160, 320) if tick < 2 * possible]
     axes.set_yticks(ticks, ticks)
     axes.minorticks_off()
-    figure.legend(**LEGEND, loc="outside lower center", ncols=2)
+    legend_below(figure, axes)
     return figure

@@ -14,7 +14,8 @@ from minilora.experiments.bench_ratios import ModelBenchSettings
 from minilora.experiments.claims.bars import bars
 from minilora.experiments.claims.claim import Claim, Record, Rule
 from minilora.experiments.claims.study import Arm, Plan, Setting, Study, loss_of, losses
-from minilora.experiments.figures import Figure, finished, new_figure
+from minilora.experiments.looks import BLACK, DARK, VERMILION, legend_below, new_figure
+from minilora.experiments.pictures import Figure, redrawable
 from minilora.inference.evaluate import score_task
 from minilora.linear4bit import float_linears
 from minilora.model import GPT
@@ -77,6 +78,7 @@ def cut_to_ranks(setting: Setting) -> dict[str, Any]:
     return record | {"scores": scores, "loss_by_rank": list(by_rank.items()), "energy_by_rank": [0.0, *shares]}
 
 
+@redrawable
 def kept_by_rank(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figure:
     """What is left of the task and of ‖ΔW‖² over the rank that ΔW is cut to, a line for each seed.
 
@@ -85,7 +87,7 @@ def kept_by_rank(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figur
     figure, (axes,) = new_figure()
     for seed, run in runs["full"].items():
         kept = [run["scores"][f"kept at {rank}"] for rank in RANKS]
-        looks = {"gain in loss": (kept, "-o", "#D55E00"), "‖ΔW‖²": (run["energy_by_rank"], "--s", "#000000")}
+        looks = {"gain in loss": (kept, "-o", VERMILION), "‖ΔW‖²": (run["energy_by_rank"], "--s", BLACK)}
         for label, (shares, style, colour) in looks.items():
             values = [100 * share for share in shares]
             axes.plot(range(len(RANKS)), values, style, color=colour, markersize=4, label="" if seed else label)
@@ -95,7 +97,7 @@ def kept_by_rank(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figur
     def share_of(nats: Any) -> Any:
         return 100 * (1 - nats / gain)
 
-    thin: dict[str, Any] = {"color": "#666666", "linewidth": 1}
+    thin: dict[str, Any] = {"color": DARK, "linewidth": 1}
     axes.axhline(LEAST_SHARE, linestyle=":", label=f"low-rank's bar, {LEAST_SHARE} %", **thin)
     axes.axhline(share_of(MOST_NATS), linestyle="--", label=f"extract's bar, {MOST_NATS} nats", **thin)
     nats = axes.secondary_yaxis("right", functions=(lambda share: gain * (1 - share / 100), share_of))
@@ -103,7 +105,9 @@ def kept_by_rank(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figur
     axes.set_xticks(range(len(RANKS)), RANKS)
     axes.set_ylim(min(-5, axes.get_ylim()[0]) if axes.get_ylim()[0] > -60 else -60, 105)
     axes.set_title(title.partition(",")[0], fontsize="medium")
-    return finished(figure, axes, xlabel="rank that each ΔW is cut to", ylabel="share that is kept (%)")
+    axes.set(xlabel="rank that each ΔW is cut to", ylabel="share that is kept (%)")
+    legend_below(figure, axes)
+    return figure
 
 
 def rank_study(task: str, plans: dict[str, Plan]) -> Study:

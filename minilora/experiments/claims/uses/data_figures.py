@@ -3,11 +3,12 @@
 import statistics
 from collections.abc import Mapping
 
-from minilora.experiments.figures import Figure, look_of, new_figure
+from minilora.experiments.looks import LEGEND, SMALL, VERMILION, look_of, new_figure
+from minilora.experiments.pictures import Figure, redrawable
 
 Runs = Mapping[str, Mapping[int, Mapping]]  # by arm and by seed
 EQUAL = (50, 90)  # percent of right answers, each joined by a line
-LINE = "#D55E00"  # seen on the dark and on the light end of the map
+LINE = VERMILION  # seen on the dark and on the light end of the map
 
 
 def cells(runs: Runs) -> dict[str, dict[tuple[int, float], float]]:
@@ -22,6 +23,7 @@ def cells(runs: Runs) -> dict[str, dict[tuple[int, float], float]]:
     return found
 
 
+@redrawable
 def score_map(title: str, runs: Runs) -> Figure:
     """Percent of right answers in every cell, dark to light, and lines of equal score from cell to cell."""
     methods = cells(runs)
@@ -34,7 +36,9 @@ def score_map(title: str, runs: Runs) -> Figure:
         for y, row in enumerate(rows):
             for x, value in enumerate(row):
                 if value == value:  # not NaN, which stands where nothing was run
-                    axes.text(x, y, f"{value:.0f}", ha="center", va="center", color="black" if value > 55 else "white")
+                    colour, face = "black" if value > 55 else "white", image.cmap(image.norm(value))
+                    clear = dict(facecolor=face, edgecolor="none", pad=1)  # of the lines
+                    axes.text(x, y, f"{value:.0f}", ha="center", va="center", color=colour, bbox=clear)
         whole = [y for y, row in enumerate(rows) if all(value == value for value in row)]  # lines need all neighbours
         if len(whole) > 1 and len(sizes) > 1:
             values = [rows[y] for y in whole]
@@ -44,10 +48,11 @@ def score_map(title: str, runs: Runs) -> Figure:
     panels[0].set(ylabel="wrong labels")
     panels[0].set_yticks(range(len(shares)), [f"{share:.0%}" for share in shares])
     figure.colorbar(image, ax=panels, label="right answers (%)\nlines: 50 (dashed) and 90")
-    figure.suptitle(title, fontsize="small", wrap=True)
+    figure.suptitle(title, fontsize=SMALL + 1, wrap=True)
     return figure
 
 
+@redrawable
 def loss_curves(title: str, runs: Runs) -> Figure:
     """A panel an arm: the mean of the seeds, training loss dashed and validation loss solid, its lowest marked, and how
     far the last lies above it."""
@@ -68,8 +73,8 @@ def loss_curves(title: str, runs: Runs) -> Figure:
         axes.plot(steps[lowest], means[lowest], "o", color=colour, markersize=5)
         rise = statistics.mean(each["last_validation_loss"] / each["best_validation_loss"] - 1 for each in records)
         axes.set(yscale="log", xlabel="steps")
-        axes.set_title(f"{arm.removesuffix(' 0%')}\nrises {rise:.0%}", fontsize="small")
+        axes.set_title(f"{arm.removesuffix(' 0%')}\nrises {rise:.0%}", fontsize=SMALL)
     panels[0].set(ylabel="loss (nats/token)")
-    panels[0].legend(frameon=False, fontsize="x-small")
-    figure.suptitle(title, fontsize="small", wrap=True)
+    figure.legend(*panels[0].get_legend_handles_labels(), **LEGEND, loc="outside lower center", ncols=2)
+    figure.suptitle(title, fontsize=SMALL + 1, wrap=True)
     return figure

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from minilora.experiments.claims.claim import Claim, Record, Rule, score
 from minilora.experiments.claims.study import Arm, Plan, Study
 from minilora.experiments.claims.uses.facts_runs import PARTS, measure
-from minilora.experiments.figures import LEGEND, Figure, look_of, new_figure, rows_downward
+from minilora.experiments.looks import SMALL, legend_below, look_of, new_figure, rows_downward
+from minilora.experiments.pictures import Figure, redrawable
 
 
 def apart(arm: str, name: str, than: str, other: str, bar: float) -> Rule:
@@ -58,13 +59,14 @@ MARKS = {
 }
 
 
+@redrawable
 def by_column(title: str, runs: Mapping[str, Mapping[int, Record]]) -> Figure:
     """Each column of the table is a row here, each arm a mark at its mean over seeds; a line from lowest to highest."""
-    figure, (axes,) = new_figure(5, 3.8)
+    figure, (axes,) = new_figure(5.5, 3 + 0.2 * len(MARKS.keys() & runs.keys()))
     arms = [arm for arm in MARKS if runs.get(arm)]
     for place, arm in enumerate(arms):
         colour, hollow = look_of(arm.split()[0]).colour, "mix" in arm or "+" in arm
-        shift = 0.5 * (place - (len(arms) - 1) / 2) / max(len(arms), 2)
+        shift = 0.65 * (place - (len(arms) - 1) / 2) / max(len(arms), 2)
         for row, name in enumerate(COLUMNS):
             values = [100 * record["scores"][name] for record in runs[arm].values()]
             mean = statistics.mean(values)
@@ -83,8 +85,8 @@ def by_column(title: str, runs: Mapping[str, Mapping[int, Record]]) -> Figure:
     rows_downward(axes, COLUMNS.values(), None, 0.05)
     axes.set(xlim=(-4, 104), xlabel="answers (%)")
     axes.grid(axis="x", alpha=0.3)
-    figure.suptitle("\n".join(textwrap.wrap(title, 64)), fontsize="small")
-    figure.legend(*axes.get_legend_handles_labels(), **LEGEND, loc="outside lower center", ncols=min(len(arms), 4))
+    figure.suptitle("\n".join(textwrap.wrap(title, 64)), fontsize=SMALL + 1)
+    legend_below(figure, axes)
     return figure
 
 

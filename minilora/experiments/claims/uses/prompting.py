@@ -18,7 +18,8 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from minilora.experiments.claims.claim import Claim, Record, Rule, more_right
 from minilora.experiments.claims.study import Arm, Plan, Study
 from minilora.experiments.claims.uses.prompting_runs import measure
-from minilora.experiments.figures import LEGEND, Figure, look_of, new_figure
+from minilora.experiments.looks import DARK, GREEN, LEGEND, ORANGE, PINK, look_of, new_figure
+from minilora.experiments.pictures import Figure, redrawable
 from minilora.text.invented import RULES
 
 # The settings of all arms, unless they say otherwise. examples: in the prompt; nearest: those like the question, by
@@ -44,14 +45,14 @@ PROMPTS = ("instruction", "1 example", "4 examples", "16 examples", "16 nearest"
 
 
 LOOKS = {
-    "instruction": ("#666666", "o"),
-    "1 example": ("#E69F00", "o"),
-    "4 examples": ("#E69F00", "s"),
-    "16 examples": ("#E69F00", "^"),
-    "16 nearest": ("#E69F00", "*"),
-    "retrieval": ("#009E73", "o"),
-    "oracle": ("#009E73", "^"),
-    "lora and retrieval": ("#CC79A7", "D"),
+    "instruction": (DARK, "o"),
+    "1 example": (ORANGE, "o"),
+    "4 examples": (ORANGE, "s"),
+    "16 examples": (ORANGE, "^"),
+    "16 nearest": (ORANGE, "*"),
+    "retrieval": (GREEN, "o"),
+    "oracle": (GREEN, "^"),
+    "lora and retrieval": (PINK, "D"),
     "lora": (look_of("lora").colour, "D"),
     "lora, 16 examples": (look_of("lora").colour, "v"),
     "full": (look_of("full").colour, "P"),
@@ -59,6 +60,7 @@ LOOKS = {
 HOLLOW = ("lora and retrieval", "full")  # and large: seen around a point in the same place
 
 
+@redrawable
 def score_over_tokens(title: str, runs: Mapping[str, Mapping[int, Record]]) -> Figure:
     """One task: right answers over the tokens that an answer costs; the legend says how many bytes are kept for it."""
     figure, (axes,) = new_figure(6, 3.2)
@@ -71,6 +73,7 @@ def score_over_tokens(title: str, runs: Mapping[str, Mapping[int, Record]]) -> F
     return figure
 
 
+@redrawable
 def four_tasks(runs_of: Mapping[str, Mapping[str, Mapping[int, Record]]]) -> Figure:
     """All tasks, a panel each. runs_of: by the panel's title, runs by arm and seed."""
     figure, panels = new_figure(7.5, 5, rows=2, columns=2)
