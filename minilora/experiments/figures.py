@@ -94,7 +94,7 @@ def loss_over_parameters(results: dict) -> Figure:
         if key != "score" and min(every) > 0 and max(every) > 3 * min(every):
             axes.set_xscale("log")
             axes.set_xlim(min(every) / 1.6, max(every) * 1.6)
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if max(every) < 100 * min(every) else (1,)))
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if max(every) < 50 * min(every) else (1,)))
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_formatter(NullFormatter())
         else:

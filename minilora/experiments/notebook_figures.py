@@ -205,3 +205,14 @@ def levels_over_weights(scaled: Numbers, levels: dict[str, Numbers], title: str)
     panels[0].set_title(title)
     panels[-1].set_xlabel("weight over its block's absmax")
     return figure
+
+
+@redrawable
+def histograms(counts: dict[str, Sequence[int]], xlabel: str, ylabel: str, title: str) -> Figure:
+    """How often each whole number occurs under each name."""
+    figure, (axes,) = new_figure()
+    every = [count for values in counts.values() for count in values]
+    bins = [number - 0.5 for number in range(min(every), max(every) + 2)]
+    for (name, values), hatch in zip(counts.items(), HATCHES, strict=False):
+        axes.hist(values, bins=bins, color=looks_of(counts)[name].colour, hatch=hatch, edgecolor="white", label=name)
+    return finished(figure, axes, xlabel=xlabel, ylabel=ylabel, title=title)

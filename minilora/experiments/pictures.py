@@ -3,14 +3,19 @@
 A picture is kept longer than the code that drew it. So a PNG from here has three texts in it: a description, for those
 who do not see it; its recipe, the name of the function that drew it with that call's arguments; and its look, labels,
 colours and marks as they were. `redrawn` calls the function of today with the arguments of then: where the two looks
-differ, the picture is stale.
+differ, the picture is stale. To draw all pictures of files and notebooks anew, without running what they show again:
+
+    python -m minilora.experiments.pictures data/figures/*.png notebooks/*.ipynb
 """
 
 import ast
+import base64
 import functools
 import importlib
 import inspect
 import io
+import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -21,8 +26,11 @@ from matplotlib.ticker import FixedFormatter
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from minilora.storage.files import read_json
+
 FILE_DPI, NOTEBOOK_DPI = 200, 144
 FILE_COLOURS, NOTEBOOK_COLOURS = 128, 32  # enough for a drawing; the fewer, the smaller is the notebook
+RECORDS = Path(__file__).parents[2] / "data" / "claims"
 Arguments = ParamSpec("Arguments")
 
 
@@ -63,31 +71,60 @@ def redrawable(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]
 
     @functools.wraps(draw)
     def drawing(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
-        arguments = plain(inspect.signature(draw).bind(*args, **kwargs).arguments)
-        figure = draw(**arguments)  # type: ignore[call-arg]
-        figure.recipe = repr((f"{draw.__module__}:{draw.__qualname__}", arguments))
+        arguments = inspect.signature(draw).bind(*args, **kwargs).arguments
+        figure = draw(**plain(arguments))  # type: ignore[call-arg]
+        figure.recipe = repr((f"{draw.__module__}:{draw.__qualname__}", plain(arguments, whole=False)))
         return figure
 
     return drawing
 
 
-def plain(value: Any) -> Any:
-    """The value made of Python's own kinds, floats with six digits: as much as is seen, and as `repr` writes it."""
+class Stored(dict):
+    """A run's record as the ledger keeps it. A recipe does not repeat it, but names its place: a file, arm and seed."""
+
+    def __init__(self, record: Mapping, place: tuple[str, str, int]):
+        super().__init__(record)
+        self.place = place
+
+
+def plain(value: Any, whole: bool = True) -> Any:
+    """The value made of Python's own kinds, floats with six digits: as much as is seen, and as `repr` writes it.
+
+    whole: with the records of the ledger, and not with the names of their places.
+    """
     if value is None or isinstance(value, str | int):
         return value
+    if isinstance(value, Stored):
+        return value if whole else {"stored": value.place}
     if isinstance(value, Mapping):
-        return {key: plain(each) for key, each in value.items()}
+        return {key: plain(each, whole) for key, each in value.items()}
     if isinstance(value, tuple):
-        return tuple(map(plain, value))
+        return tuple(plain(each, whole) for each in value)
     if isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0:
-        return list(map(plain, value))
+        return [plain(each, whole) for each in value]
     number = float(value)
     return float(f"{number:.6g}") if number == number else None  # a NaN leaves a gap
 
 
+def found(value: Any) -> Any:
+    """The arguments with the records whose places they name."""
+    if isinstance(value, dict) and "stored" in value:
+        file, *run = value["stored"]
+        return Stored(records_of(file)[tuple(run)], value["stored"])
+    if isinstance(value, dict):
+        return {key: found(each) for key, each in value.items()}
+    return type(value)(map(found, value)) if isinstance(value, list | tuple) else value
+
+
+@functools.cache
+def records_of(file: str) -> dict[tuple, dict]:
+    """By arm and seed, the records of one of the ledger's files."""
+    return {(record["arm"], record["seed"]): record for record in read_json(RECORDS / f"{file}.json")["runs"]}
+
+
 def texts_of(png: bytes) -> dict[str, str]:
     """The description, the recipe and the look in a picture."""
-    return dict(getattr(Image.open(io.BytesIO(png)), "text", {}))
+    return dict(getattr(Image.open(io.BytesIO(png)), "text", {})) if png else {}
 
 
 def redrawn(recipe: str) -> Figure:
@@ -95,7 +132,7 @@ def redrawn(recipe: str) -> Figure:
     name, arguments = ast.literal_eval(recipe)
     module, _, function = name.partition(":")
     assert module.startswith("minilora.experiments."), f"{name} is not a function that draws"
-    return getattr(importlib.import_module(module), function)(**arguments)
+    return getattr(importlib.import_module(module), function)(**found(arguments))
 
 
 def look(figure: matplotlib.figure.Figure) -> list[str]:
@@ -142,3 +179,22 @@ def described(figure: matplotlib.figure.Figure) -> str:
     names = [name for axes in figure.axes for name in axes.get_legend_handles_labels()[1]]
     parts.append(f"Drawn: {', '.join(dict.fromkeys(names))}" if names else "")
     return ". ".join(" ".join(part.split()) for part in dict.fromkeys(parts) if part) + "."
+
+
+def draw_anew(path: Path):
+    """Draws a PNG, or all of a notebook's pictures that say how they are drawn, with today's code."""
+    if path.suffix != ".ipynb":
+        return redrawn(texts_of(path.read_bytes())["Recipe"]).write(path)
+    book = json.loads(path.read_text(encoding="utf-8"))
+    for output in (output for cell in book["cells"] for output in cell.get("outputs", [])):
+        texts = texts_of(base64.b64decode(output.get("data", {}).get("image/png", "")))
+        if "Recipe" in texts:
+            data, output["metadata"] = redrawn(texts["Recipe"])._repr_mimebundle_()
+            picture = base64.b64encode(data["image/png"]).decode() + "\n"
+            output["data"] = {"image/png": picture, "text/plain": [data["text/plain"]]}
+    path.write_text(json.dumps(book, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        draw_anew(Path(name))

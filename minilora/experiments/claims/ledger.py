@@ -24,6 +24,7 @@ from minilora.experiments.claims.uses import (
     speed,
     variants,
 )
+from minilora.experiments.pictures import Stored
 from minilora.experiments.run import DATA, open_base
 from minilora.experiments.tune import TUNING_SEED, grid_of, search
 from minilora.storage.files import naming, read_json, replacing
@@ -105,7 +106,8 @@ def reported(study: Study, scale: str) -> Runs:
     runs: dict[str, dict[int, dict]] = {arm: {} for arm in study.arms}
     for record in stored(study, scale):
         if record["seed"] != TUNING_SEED:
-            runs[record["arm"]][record["seed"]] = record
+            place = file_of(study, scale).stem, record["arm"], record["seed"]
+            runs[record["arm"]][record["seed"]] = Stored(record, place)
     return runs
 
 
