@@ -1,5 +1,6 @@
 """The figure of a study whose result is a few numbers: a bar for each, its interval over seeds, and where they lie."""
 
+import math
 import re
 import statistics
 import textwrap
@@ -52,9 +53,7 @@ def draw_bars(
         axes.axvline(bar, color=BLACK, linestyle="--", linewidth=1, label=f"the rule's bar, {bar:g}")
     axes.set_yticks([place + 0.4 - height / 2 for place in range(len(runs))], [look_of(arm).label for arm in runs])
     axes.invert_yaxis()
-    axes.set(
-        xlabel="\n".join(textwrap.fill(line, 45) for line in xlabel.split("\n")), xscale="log" if log else "linear"
-    )
+    axes.set(xlabel="\n".join(map(wrapped, xlabel.split("\n"))), xscale="log" if log else "linear")
     if not log:
         axes.locator_params(axis="x", nbins=5)
     axes.margins(x=0.18)
@@ -62,6 +61,11 @@ def draw_bars(
     if axes.get_legend_handles_labels()[1]:
         legend_below(figure, axes)
     return figure
+
+
+def wrapped(line: str, most: int = 46) -> str:
+    """In as few lines as it takes, of about the same length."""
+    return textwrap.fill(line, math.ceil(len(line) / math.ceil(len(line) / most)) + 4)
 
 
 def arm_look(arm: str) -> Look:
