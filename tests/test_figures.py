@@ -1,6 +1,7 @@
 """Figures: one look for each method, names that hide nothing, and pictures that can be drawn again from themselves."""
 
 import base64
+import io
 import json
 import re
 from dataclasses import dataclass
@@ -121,6 +122,21 @@ def test_a_picture_says_what_it_shows_and_how_it_is_drawn_again(tmp_path):
     assert data["text/plain"] == more["image/png"]["alt"] == figure.alt
     figure.alt = "in other words"
     assert texts_of(figure.png())["Description"] == "in other words"
+
+
+def test_the_colour_of_a_small_mark_is_kept():
+    """Among many greys and tints: a picture has 128 colours, and the palette is among them."""
+    figure, (axes,) = looks.new_figure(5, 3)
+    axes.imshow([list(range(50))] * 2, cmap="cividis", aspect="auto")
+    for place, colour in enumerate(sorted(PALETTE)):
+        axes.plot([5 * place + 2], [0.5], "o", color=colour, markersize=4)
+    with pictures.Image.open(io.BytesIO(figure.png())) as picture:
+        found = {colour for _, colour in picture.convert("RGB").getcolors()}
+    assert (255, 255, 255) in found
+    for colour in PALETTE:
+        wanted = [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
+        off = min(max(abs(a - b) for a, b in zip(each, wanted, strict=True)) for each in found)
+        assert off <= 12, f"{colour} has become one that is {off} of 255 away"
 
 
 def test_arguments_are_kept_as_python_writes_them():

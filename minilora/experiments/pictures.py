@@ -29,7 +29,7 @@ from PIL.PngImagePlugin import PngInfo
 from minilora.storage.files import read_json
 
 FILE_DPI, NOTEBOOK_DPI = 200, 144
-FILE_COLOURS, NOTEBOOK_COLOURS = 128, 32  # enough for a drawing; the fewer, the smaller is the notebook
+COLOURS = 128  # enough for a drawing; a picture of all colours is three times as large
 RECORDS = Path(__file__).parents[2] / "data" / "claims"
 Arguments = ParamSpec("Arguments")
 
@@ -49,18 +49,21 @@ class Figure(matplotlib.figure.Figure):
     def alt(self, text: str):
         self.said = text
 
-    def png(self, dpi: int = NOTEBOOK_DPI, colours: int = NOTEBOOK_COLOURS) -> bytes:
+    def png(self, dpi: int = NOTEBOOK_DPI) -> bytes:
         drawn, small = io.BytesIO(), io.BytesIO()
         self.savefig(drawn, format="png", dpi=dpi)
         texts = PngInfo()
         for key, text in (("Description", self.alt), ("Recipe", self.recipe), ("Look", "\n".join(look(self)))):
             texts.add_itxt(key, text, zip=True)
-        picture = Image.open(drawn).convert("RGB").quantize(colours)
+        # An octree keeps the colour of a few small marks, which a median cut gives up for one more grey.
+        picture = Image.open(drawn).convert("RGB").quantize(COLOURS, Image.Quantize.FASTOCTREE)
+        palette = picture.getpalette() or []
+        picture.putpalette([255 if value == 254 else value for value in palette])  # white is white
         picture.save(small, "PNG", optimize=True, dpi=(dpi, dpi), pnginfo=texts)
         return small.getvalue()
 
     def write(self, path: Path):
-        path.write_bytes(self.png(FILE_DPI, FILE_COLOURS))
+        path.write_bytes(self.png(FILE_DPI))
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
         return {"image/png": self.png(), "text/plain": self.alt}, {"image/png": {"alt": self.alt}}
