@@ -15,6 +15,7 @@ import torch
 
 from minilora.command import HelpFormatter, Parser, run_command, unescape
 from minilora.config import LoRAConfig
+from minilora.distributed import processes
 from minilora.dtypes import DTYPES, dtype_name
 from minilora.experiments import bench as benchmarks
 from minilora.experiments import bench_device, bench_model, device_report
@@ -52,7 +53,7 @@ from minilora.text.tasks import load_task
 # Fields of TrainConfig, by name.
 LOOP_OPTIONS = ("accumulation_steps", "gradient_checkpointing", "group_by_length", "precision", "save_every")
 RUN_OPTIONS = ("steps", "batch_size", *LOOP_OPTIONS)
-GOAL = ("objective", "beta", "group_size", "teacher", "adapter")  # of Experiment, by name
+GOAL = ("objective", "beta", "group_size", "teacher", "adapter", "sharded")  # of Experiment, by name
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")  # of `stream` and `Conversation`, by name
 
 
@@ -121,11 +122,13 @@ def pretrain(options):
 
 
 def finetune(options):
-    """One method on one data set; writes an adapter or a model. --resume goes on after a kill."""
-    (experiment,) = experiments_of(options, [options.method])
-    summary = finetune_method(experiment, options.out, options.resume, overwrite=options.overwrite)
-    for name, value in summary.items():
-        print(f"{name:<22}{value}")
+    """One method on one data set; writes an adapter or a model. --resume goes on after a kill; for torchrun too."""
+    if options.sharded and options.resume:
+        raise ValueError("a sharded run leaves no state to resume: leave out --resume, or --shard")
+    with processes(device_of(options)):
+        (experiment,) = experiments_of(options, [options.method])
+        summary = finetune_method(experiment, options.out, options.resume, overwrite=options.overwrite)
+        print(*(f"{name:<22}{value}" for name, value in summary.items()), sep="\n")
     if summary.get("agreeing_fraction") == 1:
         print("nothing was learned: in every group of every step all rewards were the same", file=sys.stderr)
 
@@ -251,7 +254,7 @@ DATA = ("--base", "--task", "--data", "--count", "--sequence-length", "--out")
 STEPS = ("--steps", "--batch-size", "--learning-rate")
 TRAINING = (*DATA, *STEPS, "--dtype", *LORA, "--alpha", "--dropout", "--virtual-tokens", "--loraplus-ratio")
 LOOP = ("--accumulation-steps", "--gradient-checkpointing", "--group-by-length", "--precision")
-ONE_RUN = ("--method", "--resume", "--overwrite", "--save-every", *LOOP)
+ONE_RUN = ("--method", "--resume", "--overwrite", "--save-every", "--shard", *LOOP)
 GOALS = ("--objective", "--beta", "--group-size", "--teacher", "--adapter")
 TOKENS = ("--max-new-tokens", "--temperature", "--top-k", "--top-p")
 SHAPE = ("--model", "--base", "--method", "--batch-size", "--sequence-length", "--counted-tokens", "--objective")

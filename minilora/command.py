@@ -20,7 +20,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = message if len(message) <= 500 else f"{message[:497]}..."
-        self.exit(2, f"error: {message} (options: {self.prog} --help)\n")
+        first = int(os.environ.get("RANK", 0)) == 0  # of torchrun's processes, which all read the same line
+        self.exit(2, f"error: {message} (options: {self.prog} --help)\n" if first else None)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

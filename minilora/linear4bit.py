@@ -69,11 +69,14 @@ class Linear4bit(nn.Module):
         return layer.train(linear.training)
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+
+    @property
     def quantized(self) -> QuantizedTensor:
         """The layer's weight, (out, in); its tensors are the layer's own."""
         q, shape = self.quantization, (self.out_features, self.in_features)
-        tensors = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
-        return QuantizedTensor(scheme=q.scheme, block_size=q.block_size, shape=shape, dtype=self.dtype, **tensors)
+        return QuantizedTensor(scheme=q.scheme, block_size=q.block_size, shape=shape, dtype=self.dtype, **self.tensors)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float64 and (dtype := autocast_dtype(x.device)) is not None:

@@ -87,6 +87,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--rounds": number(ranges.ROUNDS, "of the actions in turn (5; of a real model 3)"),
     "--save-every": number(ranges.EVERY, "steps between saved states, 0 for the last alone", default=50),
     "--scale": dict(choices=BASES, help="shipped base, real model, or a shape (run: tiny; show: all there are)"),
+    "--shard": FLAG
+    | dict(dest="sharded", help="with torchrun: cut the base among the devices, for one that is too large for each"),
     "--scheme": dict(choices=LEVELS, default=QLORA.scheme, help="4 bits of the base, qlora and loftq"),
     "--seed": number(ranges.SEED, default=0),
     "--seeds": number(ranges.SEEDS, "how many seeds, counted up from --seed", default=1),

@@ -13,6 +13,8 @@ stopped, and nothing needs to be replayed.
 Logits are the largest tensor of all, and in instruction data most tokens do not count. So the loop first finds the
 places that count, and the model makes logits there and nowhere else.
 
+Under torchrun each process trains on its share of a batch's rows, and all take the same step (`distributed.py`).
+
 Letters in the shape comments: B rows of a batch, b of a micro-batch, T tokens, V vocab_size, N places that count.
 """
 
@@ -25,11 +27,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
+from minilora.distributed import own_randomness, rank, share, sum_gradients, total
 from minilora.dtypes import HALF_PRECISION, computing_in
 from minilora.rows import batch_of, pieces_of, row_lengths, taken
 from minilora.storage.training_state import load_training_state, run_identity, save_training_state
@@ -41,6 +43,7 @@ from minilora.train_settings import (
     Objective,
     Rows,
     TrainConfig,
+    check_finite,
     check_groups,
 )
 
@@ -117,8 +120,8 @@ def training_step(
     Raises NonFiniteError, before the step is taken, when the loss or the gradient is not a finite number.
     """
     # All places before any forward: finding them waits for the device, which has nothing to do yet.
-    pieces = pieces_of(config.accumulation_steps, counted_tokens, input_ids, next_token_targets(labels), *more)
-    counted = max(1, sum(map(objective.count, pieces)))  # a batch in which nothing counts has loss 0
+    pieces = pieces_of(config.accumulation_steps, counted_tokens, *share(input_ids, next_token_targets(labels), *more))
+    counted = max(1, total(sum(map(objective.count, pieces))))  # a batch in which nothing counts has loss 0
     mean_loss = torch.zeros((), device=input_ids.device)
     for piece in pieces:
         known = objective.before(model, piece, config.precision)  # what takes no gradient
@@ -128,22 +131,13 @@ def training_step(
         loss.backward()  # backward: adds to .grad
         mean_loss = mean_loss + loss.detach()  # in the loss's own dtype
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    mean_loss = total(mean_loss)  # of all processes, as are the gradients from here on
+    sum_gradients(trainable)
     norm = nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)  # clip: returns the norm before clipping
     check_finite(mean_loss, norm, optimizer, config)
     optimizer.step()  # step
     optimizer.zero_grad(set_to_none=True)  # frees the gradients' memory for the next forward
     return mean_loss
-
-
-def check_finite(loss: Tensor, norm: Tensor, optimizer: Optimizer, config: TrainConfig):
-    """Raises NonFiniteError, with the gradients let go, unless loss and gradient norm are finite."""
-    if isinstance(loss, FakeTensor) or (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-        return
-    optimizer.zero_grad(set_to_none=True)
-    raise NonFiniteError(
-        f"the loss is {loss.item()} and the gradient norm {norm.item()}: try a learning rate below "
-        f"{config.learning_rate:g}, a longer warm-up, or precision float32"
-    )
 
 
 @torch.no_grad()
@@ -186,10 +180,8 @@ def train(
     data, validation: anything with `.input_ids` and `.labels`, int64 (N, T). labels[t] is the token at t, or -100
         where it does not count; the shift by one happens here. What an objective needs besides is in `.more`.
     parameter_groups: see `make_optimizer`; each group's own learning rate follows the same schedule.
-    state_path: where to save every `save_every` steps and at the end; with resume, the run that is saved there goes on
-        (if nothing is saved yet, the run begins at the beginning).
-    settings: whatever else must be the same for a resumed run (the adapter's config, say); it is stored in the state
-        and compared.
+    state_path: where to save every `save_every` steps and at the end; with resume, a run saved there goes on.
+    settings: what else must be the same for a resumed run (the adapter's config, say); stored in the state, compared.
     after_step: called after every optimizer step with the number of steps done and the optimizer. Its decisions must
         follow from these, the model and the seed, or a resumed run is another run.
     objective: what is made small, and validated; cross entropy by default.
@@ -230,6 +222,7 @@ def train(
             began = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * learning_rate_factor(step, config)
+            own_randomness(config.seed, step)
             try:
                 input_ids, labels, *more = (part.to(device) for part in batch_of(data, step, config, model))  # (B, T)
                 loss = training_step(model, optimizer, input_ids, labels, config, None, objective, more).item()
@@ -246,7 +239,7 @@ def train(
             bar.set_postfix_str(f"loss {loss:.3f}, {input_ids.numel() / seconds:,.0f} tokens/s", refresh=False)
             if due(steps_done, config.eval_every):
                 evaluate(steps_done)
-            if state_path is not None and due(steps_done, config.save_every):
+            if state_path is not None and rank() == 0 and due(steps_done, config.save_every):
                 save_training_state(state_path, model, optimizer, steps_done, asdict(history), settings)
     model.eval()
     return history

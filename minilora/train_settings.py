@@ -1,12 +1,15 @@
 """What the training loop is given and leaves behind: `Objective`, `TrainConfig`, `History`, the checks of its input."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from minilora.ranges import BATCH_SIZE, EVERY, LEARNING_RATE, SEED, STEPS, Range
 
@@ -165,3 +168,14 @@ def check_groups(model: nn.Module, groups: list[dict]) -> list[dict]:
     if left_out:
         raise ValueError(f"in no parameter group, though trainable: {', '.join(left_out)}")
     return groups
+
+
+def check_finite(loss: Tensor, norm: Tensor, optimizer: Optimizer, config: TrainConfig):
+    """Raises NonFiniteError, with the gradients let go, unless loss and gradient norm are finite."""
+    if isinstance(loss, FakeTensor) or (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+        return
+    optimizer.zero_grad(set_to_none=True)
+    raise NonFiniteError(
+        f"the loss is {loss.item()} and the gradient norm {norm.item()}: try a learning rate below "
+        f"{config.learning_rate:g}, a longer warm-up, or precision float32"
+    )

@@ -91,6 +91,7 @@ class Experiment:
     group_size: int | None = None  # of grpo: samples of each prompt, 8 by default
     teacher: Path | None = None  # of distill: a model or an adapter on the base
     adapter: Path | None = None  # merged into the base before training begins
+    sharded: bool = False  # cut among the processes, for a base that is too large for one device
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -98,6 +99,8 @@ class Experiment:
         VIRTUAL_TOKENS.check("virtual_tokens", self.virtual_tokens)
         LORAPLUS_RATIO.check("loraplus_ratio", self.loraplus_ratio)
         self.check_objective()
+        if self.sharded and self.objective in ("grpo", "distill"):
+            raise ValueError(f"objective {self.objective} cannot train a sharded model: it answers in one piece alone")
         if self.method == "full" and self.base.dtype in HALF_PRECISION:
             fault = f"method full cannot train weights in {dtype_name(self.base.dtype)}: a step far below the weight"
             raise ValueError(f"{fault} rounds away; use float32 weights, which precision bfloat16 makes fast as well")

@@ -4,13 +4,14 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from minilora.adapters.inject import count_parameters, lora_layers, remove_lora
 from minilora.adapters.prompts import Prompt
+from minilora.distributed import rank, shard, unshard, wait_for_all
 from minilora.experiments.goals import data_of, find_teacher, micro_batch, objective_of, start_from
 from minilora.experiments.methods import BaseFolder, Experiment, finish, prepare, training_options
 from minilora.inference.evaluate import score_task
@@ -183,6 +184,9 @@ def run(
     # For qlora the base is quantized while it is read, so that a base which only fits in 4 bits is never in floats.
     base = experiment.base.load(experiment.quantization if method == "qlora" else None)
     model = prepare(base if experiment.adapter is None else start_from(base, experiment.adapter), experiment)
+    if experiment.sharded:
+        shard(model, model.model.layers)
+        config, state_path = replace(config, save_every=0), None  # a state in pieces could not be resumed
     longest, limit = dataset.train.input_ids.shape[-1], model.config.max_position_embeddings
     if longest > limit:
         raise ValueError(f"sequences of {longest} tokens exceed the model's {limit}; shorten --sequence-length")
@@ -210,6 +214,7 @@ def run(
         objective=objective,
         **options,
     )
+    unshard(model)
     return Run(experiment, finish(model, experiment), history)
 
 
@@ -220,12 +225,15 @@ def finetune(
 
     LoftQ's adapter fits a base that LoftQ made itself, and what goes on from a trained adapter fits the base with that
     adapter merged; such a base is written to `out`/base. `overwrite` replaces a model by an adapter or an adapter by a
-    model, in both folders; without it, neither may hold the other kind. One run writes `out` at a time.
+    model, in both folders; without it, neither may hold the other kind. One run writes `out` at a time. Of several
+    processes (`distributed.py`) all train, and the first alone writes; the others return an empty summary.
     """
     teacher = None if experiment.teacher is None else find_teacher(experiment.teacher)
     sources = dict(base=experiment.base.directory, adapter=experiment.adapter, teacher=teacher)
     for folder in (out, out / "base"):
         check_apart(folder, **sources)
+    if rank() > 0:
+        return _finetune(experiment, out, resume, False, overwrite)
     make_folder(out)
     with locked(out, patience=0):
         return _finetune(experiment, out, resume, progress, overwrite)
@@ -240,12 +248,16 @@ def _finetune(experiment: Experiment, out: Path, resume: bool, progress: bool, o
     own_base = experiment.method == "loftq" or (experiment.adapter is not None and experiment.method != "full")
     if own_base:
         check_free(out / "base", (MODEL_WEIGHTS, MODEL_CONFIG, *companions), overwrite)
+    wait_for_all()  # nothing is written before all have looked
     finished = run(experiment, state, resume, progress)
+    if rank() > 0:
+        return {}
     model, base, dataset = finished.model, experiment.base, experiment.dataset
     if own_base:
         vars(model)["name_or_path"] = str((out / "base").resolve())
     size = finished.save(out, overwrite)
     trainable, total = count_parameters(model)
+    task = None if experiment.sharded else dataset.task  # a base that needed several devices is not scored on one
     summary = {
         "method": experiment.method,
         "data": dataset.name,
@@ -253,7 +265,7 @@ def _finetune(experiment: Experiment, out: Path, resume: bool, progress: bool, o
         "total_parameters": total,
         "validation_loss": validation[-1][1] if (validation := finished.history.validation_loss) else None,
         "loss_floor": dataset.floor if experiment.objective == "sft" else None,
-        "score": score_task(model, base.tokenizer, dataset.task).score if dataset.task else None,
+        "score": score_task(model, base.tokenizer, task).score if task else None,
         "artifact": str(out),
         "artifact_bytes": size,
     }
@@ -266,5 +278,5 @@ def _finetune(experiment: Experiment, out: Path, resume: bool, progress: bool, o
     if own_base:
         finished.save_base(out / "base", overwrite)
         summary["base"] = str(out / "base")
-    state.unlink()  # last: killed before this, the run can be resumed
+    state.unlink(missing_ok=experiment.sharded)  # last: killed before this, the run can be resumed
     return summary
