@@ -21,6 +21,7 @@ from minilora.experiments import bench as benchmarks
 from minilora.experiments import bench_device, bench_model, device_report
 from minilora.experiments.claims import ledger, report
 from minilora.experiments.compare import compare as compare_methods
+from minilora.experiments.devices import on_devices, rows_of_each
 from minilora.experiments.goals import load_data, untuned_rate
 from minilora.experiments.merge import merge_adapter
 from minilora.experiments.methods import BaseFolder, Experiment
@@ -33,7 +34,7 @@ from minilora.inference.chat import Conversation, open_shelf, talk, typed_lines,
 from minilora.inference.evaluate import evaluate_world, score_task
 from minilora.inference.generate import stream
 from minilora.model import GPT
-from minilora.options import CHANGES, CONVERSE, EXCLUSIVE, OPTIONS, device_of, targets_of
+from minilora.options import CHANGES, CONVERSE, EXCLUSIVE, OPTIONS, OPTIONS_OF, device_of, targets_of
 from minilora.quant import Quantization
 from minilora.storage.adapters import load_adapter
 from minilora.storage.config import MODEL_CONFIG, load_config
@@ -160,11 +161,14 @@ def memory(options):
     name = options.model if options.base is None else options.base
     print(f"simulating one training step of {name} ...", file=sys.stderr)
     config = options.model if options.base is None else load_config(find_base(options.base))
-    sizes = options.method, options.batch_size, options.sequence_length, options.dtype, options.autocast
+    rows = rows_of_each(options.batch_size, options.devices)
+    sizes = options.method, rows, options.sequence_length, options.dtype, options.autocast
     more = dict(r=options.rank, target_modules=targets_of(options.targets), quantization=quantization_of(options))
     for name in ("gradient_checkpointing", "accumulation_steps", "counted_tokens", "objective"):
         more[name] = getattr(options, name)
-    print(simulate(config, *sizes, **more).table())
+    print((report := simulate(config, *sizes, **more)).table())
+    if options.devices > 1:
+        print(f"\n{on_devices(report, config, options.devices, options.sharded).table()}")
 
 
 def merge(options):
@@ -248,37 +252,14 @@ def load_with_adapter(base: BaseFolder, options, adapter: Path | None = None):
     return load(model, adapter, options.force)
 
 
-ADAPTER = ("--base", "--adapter", "--force", "--quantize")
-LORA = ("--rank", "--targets", "--scheme", "--block-size", "--double-quant")
-DATA = ("--base", "--task", "--data", "--count", "--sequence-length", "--out")
-STEPS = ("--steps", "--batch-size", "--learning-rate")
-TRAINING = (*DATA, *STEPS, "--dtype", *LORA, "--alpha", "--dropout", "--virtual-tokens", "--loraplus-ratio")
-LOOP = ("--accumulation-steps", "--gradient-checkpointing", "--group-by-length", "--precision")
-ONE_RUN = ("--method", "--resume", "--overwrite", "--save-every", "--shard", *LOOP)
-GOALS = ("--objective", "--beta", "--group-size", "--teacher", "--adapter")
-TOKENS = ("--max-new-tokens", "--temperature", "--top-k", "--top-p")
-SHAPE = ("--model", "--base", "--method", "--batch-size", "--sequence-length", "--counted-tokens", "--objective")
-WAYS = ("--dtype", "--autocast", "--gradient-checkpointing", "--accumulation-steps")
-# By verb, its options; all have --seed and --device.
-VERBS = {
-    compare: (*TRAINING, "--methods", "--seeds", "--tune"),
-    finetune: (*TRAINING, *ONE_RUN, *GOALS),
-    pretrain: ("--out", "--steps", "--resume"),
-    generate: ("prompt", "--chat", *ADAPTER, "--dtype", "--escapes", *TOKENS),
-    memory: (*SHAPE, *LORA, *WAYS),
-    merge: (*ADAPTER, "--dtype", "--out", "--overwrite"),
-    evaluate: (*ADAPTER, "--dtype", "--task", "--count"),
-    bench: ("--rounds", "--base", "--small", "--out", "--show"),
-    get: ("name",),
-    convert: ("file", "--out", "--overwrite"),
-    claims: ("action", "claim", "--scale", "--seeds"),
-}
+VERBS = (compare, finetune, pretrain, generate, memory, merge, evaluate, bench, get, convert, claims)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m minilora", description=(__doc__ or "").split("\n\n")[0])
     verbs = parser.add_subparsers(dest="verb", metavar="verb")
-    for function, names in VERBS.items():
+    for function in VERBS:
+        names = OPTIONS_OF[function.__name__]
         words: dict[str, Any] = dict(help=function.__doc__, description=function.__doc__)
         verb = verbs.add_parser(function.__name__, formatter_class=HelpFormatter, **words)
         verb.set_defaults(run=function)

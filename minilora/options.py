@@ -9,6 +9,7 @@ import torch
 from minilora import ranges
 from minilora.command import a_name, a_path, a_text, number
 from minilora.experiments.claims.study import BASES
+from minilora.experiments.devices import DEVICES
 from minilora.experiments.goals import TASK
 from minilora.experiments.methods import DEFAULT_METHODS, GROUP, METHODS, OBJECTIVES, Experiment
 from minilora.experiments.run import BASE
@@ -57,6 +58,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--counted-tokens": number(ranges.COUNTED, "of each sequence, in the loss (all but the first)"),
     "--data": dict(type=a_name, help=DATA_HELP),
     "--device": dict(choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the best that is here"),
+    "--devices": number(DEVICES, "that share the rows of the batch", default=1),
     "--double-quant": SWITCH | dict(default=QLORA.double_quant, help="8-bit scales"),
     "--dropout": number(ranges.DROPOUT, "lora_dropout", default=0.0),
     "--dtype": dict(
@@ -152,6 +154,32 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
 }
 # Each pair excludes the other.
 EXCLUSIVE = (("--task", "--data"), ("--model", "--base"), ("--learning-rate", "--tune"))
+
+ADAPTER = ("--base", "--adapter", "--force", "--quantize")
+LORA = ("--rank", "--targets", "--scheme", "--block-size", "--double-quant")
+DATA = ("--base", "--task", "--data", "--count", "--sequence-length", "--out")
+STEPS = ("--steps", "--batch-size", "--learning-rate")
+TRAINING = (*DATA, *STEPS, "--dtype", *LORA, "--alpha", "--dropout", "--virtual-tokens", "--loraplus-ratio")
+LOOP = ("--accumulation-steps", "--gradient-checkpointing", "--group-by-length", "--precision")
+ONE_RUN = ("--method", "--resume", "--overwrite", "--save-every", "--shard", *LOOP)
+GOALS = ("--objective", "--beta", "--group-size", "--teacher", "--adapter")
+TOKENS = ("--max-new-tokens", "--temperature", "--top-k", "--top-p")
+SHAPE = ("--model", "--base", "--method", "--batch-size", "--sequence-length", "--counted-tokens", "--objective")
+WAYS = ("--dtype", "--autocast", "--gradient-checkpointing", "--accumulation-steps")
+# By verb, its options; all have --seed and --device.
+OPTIONS_OF: dict[str, tuple[str, ...]] = {
+    "compare": (*TRAINING, "--methods", "--seeds", "--tune"),
+    "finetune": (*TRAINING, *ONE_RUN, *GOALS),
+    "pretrain": ("--out", "--steps", "--resume"),
+    "generate": ("prompt", "--chat", *ADAPTER, "--dtype", "--escapes", *TOKENS),
+    "memory": (*SHAPE, *LORA, *WAYS, "--devices", "--shard"),
+    "merge": (*ADAPTER, "--dtype", "--out", "--overwrite"),
+    "evaluate": (*ADAPTER, "--dtype", "--task", "--count"),
+    "bench": ("--rounds", "--base", "--small", "--out", "--show"),
+    "get": ("name",),
+    "convert": ("file", "--out", "--overwrite"),
+    "claims": ("action", "claim", "--scale", "--seeds"),
+}
 
 
 def device_of(options) -> str:

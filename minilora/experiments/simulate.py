@@ -63,6 +63,7 @@ class MemoryReport:
     peak: int
     at_peak: Bytes
     predicted: dict[str, int]  # weights, gradients and optimizer by formula
+    weights_itemsize: int  # bytes of a weight that is not in 4 bits
 
     def as_dict(self) -> dict[str, int]:
         """{"weights", "gradients", "optimizer", "activations", "peak"}, in bytes."""
@@ -154,7 +155,8 @@ def simulate(
     tokens = f"{'2 x ' * pairs}{sequence_length} tokens" + ("" if counted_tokens is None else f" ({counted} counted)")
     title = f"{name}, {what}{', DPO' * pairs}, batch {batch_size} x {tokens}, {', '.join(options)}"
     predicted = predict(model, DTYPES[dtype])
-    return MemoryReport(title, trainable, total, **meter.highest, at_peak=meter.peak, predicted=predicted)
+    more = dict(at_peak=meter.peak, predicted=predicted, weights_itemsize=DTYPES[dtype].itemsize)
+    return MemoryReport(title, trainable, total, **meter.highest, **more)
 
 
 def build(config: GPTConfig, dtype: torch.dtype) -> GPT:

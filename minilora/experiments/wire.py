@@ -14,11 +14,25 @@ and are gathered for forward and kept until backward is done. A step sends, time
     sharded, LoRA     2 (F - O) + O + 2 P     the frozen base is gathered twice; adapters are whole, as above
 """
 
+import json
+import socket
+import subprocess
+import sys
 from collections import Counter
 from types import TracebackType
 from typing import Any
 
+import torch
 import torch.distributed as dist
+
+from minilora.adapters.inject import apply_lora
+from minilora.config import LoRAConfig
+from minilora.distributed import processes, shard, world
+from minilora.experiments.run import open_base
+from minilora.linear4bit import quantized_layers
+from minilora.quant import QLORA
+from minilora.train import make_optimizer, training_step
+from minilora.train_settings import TrainConfig
 
 # By collective, how often (n-1)/n of its tensor is sent, and the place and the name of the argument that is the whole.
 # The last two are what torch 2.13 calls the two above them.
@@ -72,3 +86,45 @@ def bytes_of_a_step(trained: int, frozen: int, outside: int, devices: int, shard
         gathered = 2 * (frozen or trained) - outside
         travels = gathered + (2 * trained if frozen else trained)
     return travels * (devices - 1) // devices
+
+
+def measure(base: str, method: str, devices: int, sharded: bool, rows: int = 8, length: int = 64) -> dict[str, Any]:
+    """Starts `devices` processes on this machine, each of which takes a step; what one sends in it, and the formula."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run = ["-m", "torch.distributed.run", f"--nproc-per-node={devices}", f"--master-port={port}"]
+    step = ["-m", "minilora.experiments.wire", base, method, str(int(sharded)), str(rows), str(length)]
+    done = subprocess.run([sys.executable, *run, *step], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the processes failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def step_in_company(base: str, method: str, sharded: bool, rows: int, length: int) -> dict[str, Any]:
+    """What `measure` has each process do: the second step is counted, the first gathers what stays whole."""
+    folder = open_base(base)
+    model = folder.load(QLORA if method == "qlora" else None)
+    if method == "full":
+        model.requires_grad_(True)
+    else:
+        apply_lora(model, LoRAConfig(8, 16, target_modules="all-linear"))
+    tensors = [*model.parameters(), *(code for layer in quantized_layers(model).values() for code in [layer.codes])]
+    trained = sum(tensor.nbytes for tensor in tensors if tensor.requires_grad)
+    outside = sum(p.nbytes for name, p in model.named_parameters() if ".layers." not in name)
+    frozen = sum(tensor.nbytes for tensor in tensors) - trained
+    if sharded:
+        shard(model, model.model.layers)
+    config = TrainConfig(2, rows, 1e-5)
+    optimizer = make_optimizer(model, config)
+    ids = torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        with Wire() as wire:
+            training_step(model, optimizer, ids, ids, config)
+    formula = bytes_of_a_step(trained, frozen, outside, world(), sharded)
+    return {"sent": wire.total, "by": dict(wire.sent), "formula": formula, "trained": trained, "frozen": frozen}
+
+
+if __name__ == "__main__":
+    with processes("cpu"):
+        print(json.dumps(step_in_company(*sys.argv[1:3], bool(int(sys.argv[3])), *map(int, sys.argv[4:]))))
