@@ -18,7 +18,9 @@ from minilora.__main__ import build_parser
 from minilora.adapters.inject import apply_lora, lora_layers
 from minilora.adapters.prompts import PrefixTuning
 from minilora.config import LoRAConfig
+from minilora.experiments.devices import on_devices, rows_of_each
 from minilora.experiments.run import BASE, open_base
+from minilora.experiments.simulate import simulate
 from minilora.experiments.wire import Wire, bytes_of_a_step
 from minilora.linear4bit import quantize_model
 from minilora.model import GPT, GPTConfig
@@ -111,6 +113,9 @@ def in_company(folder: Path) -> dict:
                 with Wire() as wire:
                     training_step(model, optimizer, data.input_ids[:4], data.labels[:4], PLAN)
             found[f"wire {name} {sharded}"] = dict(wire.sent)
+    own = folder / f"state-{rank}.safetensors"
+    trained("lora", replace(PLAN, save_every=1), state_path=own)
+    found["wrote"] = own.exists()
     dropping = replace(LORA, lora_dropout=0.5)
     METHODS["dropping"] = lambda model: randomly(apply_lora(model, dropping))
     state = folder / "state.safetensors"
@@ -206,6 +211,10 @@ def test_a_resumed_run_with_dropout_is_the_run_that_was_not_killed(two):
     assert first != second, "each process draws masks of its own"
 
 
+def test_only_the_first_process_writes(two):
+    assert [each["company"]["wrote"] for each in two[1]] == [True, False]
+
+
 def test_what_is_not_finite_in_one_process_ends_all_alike(two):
     first, second = (each["company"]["wild"] for each in two[1])
     assert first == second and "at step 0 of 3 the loss is nan" in first
@@ -273,3 +282,36 @@ def test_bad_input_is_refused_once(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as left:
             build_parser().parse_args(["finetune", "--dropout", "7"])
         assert left.value.code == 2 and ("--dropout" in capsys.readouterr().err) is spoken
+
+
+# What is simulated
+
+
+def report_of(method: str):
+    lora = dict(r=2, target_modules="all-linear")
+    return simulate(CONFIG, method, batch_size=1, sequence_length=16, dtype="float32", **lora)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_share_of_a_device_adds_up_to_the_whole(method):
+    report = report_of(method)
+    trained, frozen, outside = (part // 2 for part in sizes(method))  # the model of `sizes` is float64
+    alone, two, many = (on_devices(report, CONFIG, n, sharded=True) for n in (1, 2, 64))
+    data_parallel = on_devices(report, CONFIG, 2)
+    assert (data_parallel.weights, data_parallel.gradients) == (report.weights, report.gradients)
+    assert data_parallel.sent == bytes_of_a_step(trained, frozen, outside, 2) > 0 == on_devices(report, CONFIG, 1).sent
+    cut = frozen or trained
+    assert two.weights == (report.weights - cut) + cut // 2 + outside + 2 * ((cut - outside) // 2)
+    assert many.weights < two.weights and many.activations == report.activations
+    assert (many.optimizer < two.optimizer) == (method == "full"), "adapters are whole on every device"
+    assert two.sent == bytes_of_a_step(trained, frozen, outside, 2, sharded=True)
+    assert two.most == two.weights + two.gradients + two.optimizer + two.activations
+
+
+def test_a_number_of_devices_out_of_range_is_refused():
+    with pytest.raises(ValueError, match="devices is 0"):
+        on_devices(report_of("lora"), CONFIG, 0)
+
+
+def test_rows_are_those_of_the_busiest_device():
+    assert [rows_of_each(8, devices) for devices in (1, 3, 8, 16)] == [8, 3, 1, 1]

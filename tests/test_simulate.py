@@ -210,6 +210,7 @@ def test_the_table_gives_each_number_its_own_column():
         peak=45_000_000_000,
         at_peak=Bytes(6 * kib, 7 * kib, 8 * kib, 9 * kib),
         predicted={"weights": 10 * kib, "gradients": 11 * kib, "optimizer": 12 * kib},
+        weights_itemsize=2,
     )
     expected = [
         "A title",

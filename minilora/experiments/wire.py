@@ -127,4 +127,6 @@ def step_in_company(base: str, method: str, sharded: bool, rows: int, length: in
 
 if __name__ == "__main__":
     with processes("cpu"):
-        print(json.dumps(step_in_company(*sys.argv[1:3], bool(int(sys.argv[3])), *map(int, sys.argv[4:]))))
+        base, method, *numbers = sys.argv[1:]
+        sharded, rows, length = map(int, numbers)
+        print(json.dumps(step_in_company(base, method, bool(sharded), rows, length)))

@@ -53,7 +53,7 @@ DEVICE = 80 * GB
 def devices_for(setting: Setting) -> dict[str, Any]:
     """How many devices of 80 GB a step needs: the fewest of 1, 2, 4 ... whose share fits, with a row on each."""
     config, method = GPTConfig.preset(setting["model"]), setting.arm.settings["method"]
-    more = dict(sequence_length=512, r=64, target_modules="all-linear", gradient_checkpointing=True)
+    more: dict[str, Any] = dict(sequence_length=512, r=64, target_modules="all-linear", gradient_checkpointing=True)
     report = simulate(setting["model"], method, 1, **more)
     shares = {
         n: report.peak if n == 1 else on_devices(report, config, n, sharded=True).most for n in (2**k for k in range(8))
@@ -67,8 +67,8 @@ def devices_for(setting: Setting) -> dict[str, Any]:
 
 CLUSTER = Study(
     "cluster",
-    "one step of Llama-2-70B, 512 tokens a device, rank 64 on all linears, activation checkpointing, bfloat16; simulated "
-    "on one device, sharded by formula; how many devices of 80 GB it needs",
+    "one step of Llama-2-70B, 512 tokens a device, rank 64 on all linears, activation checkpointing, bfloat16; on one "
+    "device simulated, sharded by formula; how many devices of 80 GB it needs",
     {method: Arm(None, settings={"method": method}) for method in METHODS},
     {"large": Plan("json", steps=1, seeds=1, minutes=1.5, settings={"model": "llama-2-70b"})},
     devices_for,
@@ -79,7 +79,7 @@ LOCAL = "two processes of one machine, a ring of two: how long the bytes take de
 CLAIMS = [
     Claim(
         "wire-data-parallel",
-        "Data parallel, LoRA sends a tenth of what full fine-tuning sends, or less: only trained parameters have gradients.",
+        "Data parallel, LoRA sends a tenth of what full fine-tuning sends at most: only what is trained has gradients.",
         "Hu et al. 2021, arXiv:2106.09685, section 4.2, on what need not be kept for frozen parameters",
         share_of_full("lora", "data parallel", 10),
         (WIRE,),
@@ -91,8 +91,7 @@ CLAIMS = [
         "as popular articles carry the claim over",
         share_of_full("lora", "sharded", 10),
         (WIRE,),
-        objection="where a device can hold a gathered base between forward and backward, half of this need not be sent; "
-        + LOCAL,
+        objection=f"a device that can hold the base between forward and backward need not gather it twice; {LOCAL}",
     ),
     Claim(
         "wire-sharded-4-bits",
@@ -117,7 +116,7 @@ CLAIMS = [
             signed=False,
         ),
         (CLUSTER,),
-        objection="the share of one of several devices is a formula, all kinds at their largest at once; activations of 512 "
-        "tokens are small, and a batch that fills a cluster is not what runs on one device",
+        objection="the share of one of several devices is a formula, all kinds at their largest at once; activations "
+        "of 512 tokens are small, and a batch that fills a cluster is not what runs on one device",
     ),
 ]
