@@ -5,7 +5,7 @@ import importlib
 from itertools import combinations
 
 import pytest
-from mutants import failures
+from mutants import failures, told
 
 from minilora.exercises.attempts import stub
 from minilora.exercises.catalog import EXERCISES
@@ -17,10 +17,6 @@ SOLUTIONS = [
     (n, each) for n, answers in ANSWERS.items() for each in [answers.SOLUTION, *getattr(answers, "FURTHER", [])]
 ]
 MUTANTS = [(number, mutant) for number, answers in ANSWERS.items() for mutant in answers.MUTANTS]
-
-
-def told(found: dict) -> str:
-    return "\n".join(f"{text}: {fault['message']} | {fault['case']} | {fault['slip']}" for text, fault in found.items())
 
 
 @pytest.mark.parametrize("number", EXERCISES)
@@ -54,7 +50,7 @@ def test_other_solutions_pass(number, solution, seed):
 @pytest.mark.parametrize("number, mutant", MUTANTS, ids=[f"{number:02d} {mutant.name}" for number, mutant in MUTANTS])
 def test_mutant_fails_with_its_message(number, mutant):
     for seed in (0, 1):
-        found = failures(EXERCISES[number], mutant.applied_to(ANSWERS[number].SOLUTION), seed)
+        found = failures(EXERCISES[number], mutant.applied_to(ANSWERS[number].SOLUTION), seed, mutant.says)
         assert found, f"the checker passes it with seed {seed}"
         assert mutant.says in told(found), told(found)
 

@@ -9,9 +9,9 @@ these earn nothing: other functions in the place of `expect`, `torch.equal` or a
 among frames and objects; writing verdicts into pipes; ending the process; leaving processes behind; making arguments
 into what results would fit.
 
-It is no prison. The code runs with the rights of who starts it: it can read the package, solutions included (in a
-hand-out there are none), and write over any file that you can, this package's too. The few properties that measure
-memory or multiplications (`inside`, six, in exercises 11, 14 and 18) run in the student's own process and can be faked
+It is no prison. The code runs with the rights of who starts it: it can read the package, solutions included (in a hand-
+out there are none), and write over any file that you can, this package's too. The few properties that measure memory or
+multiplications (`inside`, seven, in exercises 02, 11, 14 and 18) run in the student's own process and can be faked
 there. And outside of Linux a process may open its neighbours' pipes. Grade strangers' code in a container.
 """
 

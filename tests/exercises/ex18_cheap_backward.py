@@ -64,7 +64,7 @@ class LowRankTerm:
 
 MUTANTS = [
     Mutant(
-        "term: BA formed",
+        "term: BA formed in forward",
         "return base + scaling * update",
         "return base + scaling * F.linear(d.to(kind), B.to(kind) @ A.to(kind))",
         "B A is formed, as large as W",

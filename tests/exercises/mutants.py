@@ -28,10 +28,21 @@ class Mutant:
         return sources
 
 
-def failures(exercise: Exercise, sources: dict[str, str], seed: int) -> dict[str, dict]:
-    """By property, what is wrong with these sources (text by module); nothing for a right answer."""
+def failures(exercise: Exercise, sources: dict[str, str], seed: int, until: str = "") -> dict[str, dict]:
+    """By property, what is wrong with these sources (text by module); nothing for a right answer.
+
+    until: what need not be looked for any further once a fault says it."""
     files = {module: (text, f"<{exercise.files[module]}>") for module, text in sources.items()}
     names = {filename: exercise.files[module] for module, (_, filename) in files.items()}
+    found = {}
     with grafted(exercise, files):
-        outcomes = {text: run_property(text, check, seed, names) for text, check in exercise.properties.items()}
-    return {text: outcome for text, outcome in outcomes.items() if outcome}
+        for statement, check in exercise.properties.items():
+            if outcome := run_property(statement, check, seed, names):
+                found[statement] = outcome
+            if until and until in told(found):
+                break
+    return found
+
+
+def told(found: dict) -> str:
+    return "\n".join(f"{text}: {fault['message']} | {fault['case']} | {fault['slip']}" for text, fault in found.items())
