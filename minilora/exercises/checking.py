@@ -130,8 +130,7 @@ def expect(
 ):
     """Raises Wrong unless `found` is `expected`: tensors in shape and, relative to the largest, in value; others by ==.
 
-    slips: by sentence, what that mistake leads to: a value, or a function without arguments that gives it. All that fit
-    are named.
+    slips: by sentence, what that mistake leads to: a value, or a function that gives it. All that fit are named.
     tolerance: 0 asks for the same bits.
     """
     fault = difference(found, expected, tolerance)
@@ -168,11 +167,10 @@ def difference(found, expected, tolerance: float) -> str:
     largest, scale = off.max().item() if off.numel() else 0.0, wanted.abs().max().item() if off.numel() else 0.0
     if largest <= tolerance * max(scale, 1e-30) if tolerance else torch.equal(wide, wanted):
         return ""
-    if expected.numel() <= SHOWN and found.dtype != expected.dtype and show(found) == show(expected):
-        precision = f"in the digits of {expected.dtype}, got those of {found.dtype}"
-        return f"expected {show(expected)} {precision}: off by up to {largest:.3g}"
     if expected.numel() <= SHOWN:
-        return f"{apart(found, expected)}: off by up to {largest:.3g}"
+        other = found.dtype != expected.dtype and show(found) == show(expected)
+        digits = f"expected {show(expected)} in the digits of {expected.dtype}, got those of {found.dtype}"
+        return f"{digits if other else apart(found, expected)}: off by up to {largest:.3g}"
     wrong = (off > tolerance * scale).double().mean().item() if math.isfinite(largest) else 1.0
     return (
         f"off by up to {largest:.3g} where the largest is {scale:.3g}; {wrong:.0%} of {off.numel()} numbers are wrong"
@@ -184,15 +182,13 @@ def apart(found, expected) -> str:
     pairs = [(show(found, digits), show(expected, digits)) for digits in DIGITS]
     one, other = next(((one, other) for one, other in pairs if one != other), pairs[0])
     if one == other and isinstance(expected, (list, tuple)) and type(found) is type(expected):  # too long to be shown
-        places = [place for place, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b]
-        if places:
-            return f"at place {places[0]} of {len(expected)}: {apart(found[places[0]], expected[places[0]])}"
+        for place, (a, b) in enumerate(zip(found, expected, strict=False)):
+            if a != b:
+                return f"at place {place} of {len(expected)}: {apart(a, b)}"
         return f"expected {len(expected)} entries, got {len(found)}"
     kind = "" if type(found) is type(expected) else f"{type(found).__name__} "
-    off = ""
-    if (one, other) != pairs[0] and isinstance(found, (int, float)) and isinstance(expected, float):
-        off = f": off by {abs(found - expected):.3g}"
-    return f"expected {other}, got {kind}{one}{off}"
+    numbers = (one, other) != pairs[0] and isinstance(found, (int, float)) and isinstance(expected, float)
+    return f"expected {other}, got {kind}{one}" + (f": off by {abs(found - expected):.3g}" if numbers else "")
 
 
 def require(condition: bool, message: str, case: Mapping[str, Any] | None = None, slip: str = ""):
@@ -285,8 +281,8 @@ def explain(error: BaseException, files: Mapping[str, str]) -> str:
 
 # What torch says in the checker's own lines, when it goes on with what the student's code gave: whose fault that is.
 LATE = {
-    "does not require grad": "something on the way is detached, or computed under no_grad",
-    "not to have been used in the graph": "something on the way is detached, or computed under no_grad",
+    "not require grad": "something on the way is detached, or computed under no_grad",
+    "been used in the graph": "something on the way is detached, or computed under no_grad",
     "returned an in": "backward returns one gradient for each argument of forward behind ctx, in that order, and each "
     "has the shape of its argument; None where there is none",
     "modified by an inplace operation": "a tensor that backward needs was changed in place: make a new one",
@@ -294,10 +290,9 @@ LATE = {
 
 
 def blamed(error: Exception, files: Mapping[str, str]) -> tuple[str, str, str]:
-    """message, case and slip of an exception. One that was raised beyond the student's code, by the checker's use of
-    what that code gave back, says so: it is no fault of the checker's."""
-    told = explain(error, files)
-    slip = next((slip for text, slip in LATE.items() if text in str(error)), "")
+    """message, case and slip of an exception. One raised beyond the student's code, by the checker's use of what that
+    code gave back, says so: it is no fault of the checker's."""
+    told, slip = explain(error, files), next((slip for text, slip in LATE.items() if text in str(error)), "")
     if hasattr(error, "explained") or ", from line " in told:
         return told, "", slip
     return f"what your code gave could not be used any further: {told.removeprefix('raised ')}", "", slip

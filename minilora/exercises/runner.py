@@ -31,7 +31,7 @@ from typing import IO
 from minilora.exercises.processes import Forked, can_fork, keep_to_ourselves
 
 START = 120  # seconds that Python and torch may take to load
-LIMIT = 10  # seconds of computing for one property
+LIMIT = 5  # seconds of computing for one property
 WALL = 5  # times as many seconds by the clock, for code that waits, and for machines that are busy
 ENDS = 2  # times that an exercise may end the process before the rest of it is given up
 LINE = 2**22  # bytes of one line of the process that checks
