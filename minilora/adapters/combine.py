@@ -78,29 +78,55 @@ def ties(adapters: Sequence[Adapter], weights: Sequence[float], density: float, 
     what `truncate` raises, and ValueError for a density outside (0, 1].
     """
 
-    def merge(deltas: Tensor) -> Tensor:
-        flat = deltas.flatten(1)  # (n, out·in)
-        largest = flat.abs().topk(max(1, round(density * flat.shape[1])), dim=1).indices
-        kept = torch.zeros_like(flat).scatter_(1, largest, flat.gather(1, largest))
-        agree = kept.sign() == kept.sum(0).sign()
-        return ((kept * agree).sum(0) / agree.sum(0).clamp(min=1)).view_as(deltas[0])
-
-    return _by_entries(adapters, weights, density, r, merge)
+    return _by_entries(adapters, weights, density, r, lambda deltas: elect(trim(deltas, density)))
 
 
-def dare(adapters: Sequence[Adapter], weights: Sequence[float], density: float, r: int, seed: int = 0) -> Truncated:
+def dare(
+    adapters: Sequence[Adapter], weights: Sequence[float], density: float, r: int, seed: int = 0, signs: bool = False
+) -> Truncated:
     """Drop and rescale: the adapter of rank r, and by layer its relative error, as in `truncate`.
 
     Every entry of every ΔW_i is kept with probability `density` and then divided by `density`, or becomes zero; the
-    result is the weighted sum. The same seed drops the same entries. Raises what `ties` raises.
+    result is the weighted sum. The same seed drops the same entries. signs: TIES on what was kept, with its election
+    and its mean in place of the sum (PEFT's "dare_ties"). Raises what `ties` raises.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def merge(deltas: Tensor) -> Tensor:
-        kept = torch.rand(deltas.shape, generator=generator) < density
-        return (deltas * kept.to(deltas.device)).sum(0) / density
+        kept = drop(deltas, density, generator)
+        return elect(kept) if signs else kept.sum(0)
 
     return _by_entries(adapters, weights, density, r, merge)
+
+
+def prune(adapters: Sequence[Adapter], weights: Sequence[float], density: float, r: int) -> Truncated:
+    """The sum of each one's largest entries, the share `density` (PEFT's "magnitude_prune"): TIES without an election.
+
+    The adapter of rank r, and by layer its relative error, as in `truncate`. Raises what `ties` raises.
+    """
+    return _by_entries(adapters, weights, density, r, lambda deltas: trim(deltas, density).sum(0))
+
+
+# What is done to the entries of one layer's ΔW_i, weighted, in a stack (n, out, in).
+
+
+def trim(deltas: Tensor, density: float) -> Tensor:
+    """Zero but for the share `density` of each one's entries that is largest in magnitude, at least one."""
+    flat = deltas.flatten(1)  # (n, out·in)
+    largest = flat.abs().topk(max(1, round(density * flat.shape[1])), dim=1).indices
+    return torch.zeros_like(flat).scatter_(1, largest, flat.gather(1, largest)).view_as(deltas)
+
+
+def drop(deltas: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """Each entry kept with probability `density` and divided by it, or zero. generator: on the CPU, for any device."""
+    kept = torch.rand(deltas.shape, generator=generator) < density
+    return deltas * kept.to(deltas.device) / density
+
+
+def elect(deltas: Tensor) -> Tensor:
+    """The sum over all elects each entry's sign, and those that have it are averaged: (out, in)."""
+    agree = deltas.sign() == deltas.sum(0).sign()  # where the sum is 0, zeros may agree: their mean is 0 as well
+    return (deltas * agree).sum(0) / agree.sum(0).clamp(min=1)
 
 
 def _by_entries(adapters, weights, density: float, r: int, merge: Callable[[Tensor], Tensor]) -> Truncated:
