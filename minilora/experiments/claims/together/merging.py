@@ -1,5 +1,209 @@
-"""Claims about adapters merged into one: what a sum costs each task, and what predicts it."""
+"""Claims about adapters merged into one: what it costs each task, how it is best done, and what predicts the cost."""
 
-from minilora.experiments.claims.claim import Claim
+from collections.abc import Callable, Mapping
+from typing import Any
 
-CLAIMS: list[Claim] = []
+from minilora.experiments.claims.claim import Claim, Record, Rule
+from minilora.experiments.claims.knobs.orders import rank_correlation
+from minilora.experiments.claims.study import Arm, Plan, Study
+from minilora.experiments.claims.together.merging_runs import METHODS, mean, measure
+from minilora.text.rewordings import REWORDINGS
+
+ARMS = {
+    "apart": Arm("lora", settings={"one for all": False}),
+    # As many steps as the adapters of one merge took together; and as many as one of them.
+    "union": Arm("lora", settings={"one for all": True, "as long": True, "largest": 2}),
+    "union short": Arm("lora", settings={"one for all": True, "as long": False, "largest": 3}),
+}
+SIX = Study(
+    "merging",
+    "six tasks, an adapter of rank 8 on all linears for each; all pairs and triples and all six put together",
+    ARMS,
+    {
+        "tiny": Plan(
+            "rewordings",
+            steps=40,
+            seeds=3,
+            minutes=8,
+            settings={"tasks": tuple(REWORDINGS), "tuned on": 20, "asked": 40, "training": {"batch_size": 16}},
+        )
+    },
+    measure,
+    chosen_by="tuning_loss",
+)
+REAL = Study(
+    "merging-two",
+    "a pirate's voice and orders as JSON, an adapter of rank 8 on all linears for each, put together; SmolLM2-135M",
+    {name: Arm(None, settings=arm.settings) for name, arm in list(ARMS.items())[:2]},
+    {
+        "smollm2": Plan(
+            "pirate and orders",
+            steps=24,
+            seeds=2,
+            minutes=15,
+            settings={
+                "tasks": ("pirate", "orders"),
+                "tuned on": 6,
+                "asked": 30,
+                "rates": {"pirate": 0.001, "orders": 0.003},  # of the searches in prompt-voice and `compare`
+                "training": {"batch_size": 8, "group_by_length": True},
+            },
+        )
+    },
+    measure,
+    chosen_by="tuning_loss",
+)
+
+
+def shares(record: Record, merges: Mapping[str, Any]) -> dict[str, list[float]]:
+    """By merge, of each task's score with its adapter alone (in `record`) the percentage that is left."""
+    alone = {name: score for name, (_, score) in record["alone"].items()}
+    return {
+        merge: [100 * score / alone[name] for name, (_, score) in found["tasks"].items()]
+        for merge, found in merges.items()
+    }
+
+
+def kept(record: Record, method: str, count: int | None = None, of: Callable = mean) -> float:
+    """The mean over the merges of `count` adapters, or of any number. of: of the tasks of one merge."""
+    found = shares(record, record["merges"][method])
+    return mean(of(left) for left in found.values() if count in (None, len(left)))
+
+
+def best_merges(record: Record) -> dict[str, Any]:
+    """Of each merge the method whose loss on the rows that chose the weights is lowest."""
+    merges = record["merges"]
+    return {
+        merge: min((merges[method][merge] for method in METHODS), key=lambda found: found["tuning_loss"])
+        for merge in merges["linear"]
+    }
+
+
+def merged_above_union(runs: Mapping[str, Record]) -> float:
+    """Points, on the merges for which there is a union."""
+    record, unions = runs["apart"], runs["union"]["merges"]["union"]
+    best = {merge: found for merge, found in best_merges(record).items() if merge in unions}
+    return mean(map(mean, shares(record, best).values())) - mean(map(mean, shares(record, unions).values()))
+
+
+def gains_left(record: Record, method: str) -> dict[str, float]:
+    """By pair, of what its adapter alone gains in loss over the base the share that is left: the mean of both tasks."""
+    base, alone = record["base"], record["alone"]
+    return {
+        pair: mean((base[name][0] - loss) / (base[name][0] - alone[name][0]) for name, (loss, _) in tasks.items())
+        for pair, found in record["merges"][method].items()
+        if len(tasks := found["tasks"]) == 2
+    }
+
+
+def predicts(record: Record, statistic: str, method: str = "sum") -> float:
+    """Spearman's correlation over the pairs of adapters between the statistic and what they cost each other."""
+    left = gains_left(record, method)
+    order = sorted(left, key=lambda pair: record["likeness"][pair][statistic])
+    return rank_correlation(order, {pair: -share for pair, share in left.items()})
+
+
+def of_apart(words: str, number: Callable[[Record], float], bar: float, unit: str = "%", above: bool = True) -> Rule:
+    return Rule(("apart",), words, lambda runs: number(runs["apart"]), bar, unit, above)
+
+
+def prediction(statistic: str, words: str) -> Rule:
+    return of_apart(
+        f"Spearman's correlation over the 15 pairs, {words} against the share of the gain in loss that the plain sum "
+        "takes from its two tasks",
+        lambda record: predicts(record, statistic),
+        bar=0.5,
+        unit="correlation",
+    )
+
+
+BOTH = (SIX, REAL)
+CLAIMS = [
+    Claim(
+        "add-tuned",
+        "With a well chosen weight, adapters of two tasks can be added, and the sum does both.",
+        "Ilharco et al. 2023, arXiv:2212.04089, section 4; popular articles on merging adapters",
+        of_apart(
+            "of each task's score alone, percent left under the sum with one tuned weight, the lower of two tasks, "
+            "mean over the pairs",
+            lambda record: kept(record, "linear", 2, min),
+            bar=80,
+        ),
+        BOTH,
+        "one weight for both; a weight for each may do better, and takes a search in as many dimensions as adapters",
+    ),
+    Claim(
+        "merge-many",
+        "The more adapters are merged, the worse each does its task.",
+        "Ilharco et al. 2023, arXiv:2212.04089, figure 4; Yadav et al. 2023, arXiv:2306.01708, figure 5",
+        of_apart(
+            "percent of the score alone that is left in pairs above what is left with all six, sums with a tuned "
+            "weight, points",
+            lambda record: kept(record, "linear", 2) - kept(record, "linear", 6),
+            bar=10,
+            unit="points",
+        ),
+        (SIX,),
+        "six short tasks of one small world, at rank 8 in layers 192 wide: there is little room for more",
+    ),
+    Claim(
+        "ties",
+        "TIES loses less than adding the adapters.",
+        "Yadav et al. 2023, arXiv:2306.01708, table 1",
+        of_apart(
+            "percent of the scores alone that TIES leaves above what the sum leaves, each with a tuned weight, mean "
+            "over all merges, points",
+            lambda record: kept(record, "ties") - kept(record, "linear"),
+            bar=5,
+            unit="points",
+        ),
+        BOTH,
+        "a fifth of the entries is kept, as in the paper, and that share is not tuned; full matrices, no SVD after",
+    ),
+    Claim(
+        "dare",
+        "DARE: nine of ten entries of a trained change can be dropped, and nothing is lost.",
+        "Yu et al. 2023, arXiv:2311.03099, abstract: 90 % or even 99 %",
+        of_apart(
+            "of each task's score alone, percent left with 90 % of the entries of ΔW dropped and the others times 10, "
+            "mean of the tasks",
+            lambda record: mean(
+                100 * record["dropped"][name][1] / record["alone"][name][1] for name in record["alone"]
+            ),
+            bar=95,
+        ),
+        BOTH,
+        "the paper drops the small changes of full fine-tuning of large models; LoRA's at a high rate are larger",
+    ),
+    Claim(
+        "merge-or-train",
+        "Merging replaces training on all the tasks.",
+        "Ilharco et al. 2023, arXiv:2212.04089, abstract; Huang et al. 2023, arXiv:2307.13269 (LoraHub)",
+        Rule(
+            ("apart", "union"),
+            "percent of the scores alone that the best way to merge leaves (chosen by held-out loss), above what one "
+            "adapter has that is trained on the union with as many steps as those merged together",
+            merged_above_union,
+            bar=-10,
+            unit="points",
+        ),
+        BOTH,
+        "the union needs all the data in one place and a run for every choice of tasks, which merging does not",
+    ),
+    Claim(
+        "overlap-subspaces",
+        "Adapters disturb each other where the subspaces of their updates overlap.",
+        "Shah et al. 2023, arXiv:2311.13600 (ZipLoRA), section 4; Ilharco et al. 2023, arXiv:2212.04089, section 5",
+        prediction("subspaces", "overlap of the singular vectors of the two ΔW"),
+        (SIX,),
+        "15 pairs of six tasks are no 15 independent things; trained from random A's, row spaces hardly overlap",
+    ),
+    Claim(
+        "overlap-outputs",
+        "What one adapter does to the other's inputs tells how much it disturbs: ‖ΔW_j x‖ beside ‖ΔW_i x‖.",
+        "the argument behind merging by activations: Jin et al. 2023, arXiv:2212.09849 (RegMean)",
+        prediction("outputs", "‖ΔW_j x‖ / ‖ΔW_i x‖ on inputs of task i, mean of layers and of both directions,"),
+        (SIX,),
+        "15 pairs of six tasks are no 15 independent things; the inputs are those behind one adapter, not behind both",
+    ),
+]
