@@ -1,19 +1,19 @@
 """Claims about adapters merged into one: what it costs each task, how it is best done, and what predicts the cost."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from minilora.experiments.claims.claim import Claim, Record, Rule
-from minilora.experiments.claims.knobs.orders import rank_correlation
 from minilora.experiments.claims.study import Arm, Plan, Study
-from minilora.experiments.claims.together.merging_runs import METHODS, mean, measure
+from minilora.experiments.claims.together.merging_figures import over_number, pair_plot, task_bars
+from minilora.experiments.claims.together.merging_numbers import kept, kept_alone, merged_above_union, predicts
+from minilora.experiments.claims.together.merging_runs import measure
 from minilora.text.rewordings import REWORDINGS
 
 ARMS = {
     "apart": Arm("lora", settings={"one for all": False}),
     # As many steps as the adapters of one merge took together; and as many as one of them.
     "union": Arm("lora", settings={"one for all": True, "as long": True, "largest": 2}),
-    "union short": Arm("lora", settings={"one for all": True, "as long": False, "largest": 3}),
+    "union short": Arm("lora", settings={"one for all": True, "as long": False, "largest": 2}),
 }
 SIX = Study(
     "merging",
@@ -30,6 +30,7 @@ SIX = Study(
     },
     measure,
     chosen_by="tuning_loss",
+    figure=over_number,
 )
 REAL = Study(
     "merging-two",
@@ -52,55 +53,8 @@ REAL = Study(
     },
     measure,
     chosen_by="tuning_loss",
+    figure=task_bars,
 )
-
-
-def shares(record: Record, merges: Mapping[str, Any]) -> dict[str, list[float]]:
-    """By merge, of each task's score with its adapter alone (in `record`) the percentage that is left."""
-    alone = {name: score for name, (_, score) in record["alone"].items()}
-    return {
-        merge: [100 * score / alone[name] for name, (_, score) in found["tasks"].items()]
-        for merge, found in merges.items()
-    }
-
-
-def kept(record: Record, method: str, count: int | None = None, of: Callable = mean) -> float:
-    """The mean over the merges of `count` adapters, or of any number. of: of the tasks of one merge."""
-    found = shares(record, record["merges"][method])
-    return mean(of(left) for left in found.values() if count in (None, len(left)))
-
-
-def best_merges(record: Record) -> dict[str, Any]:
-    """Of each merge the method whose loss on the rows that chose the weights is lowest."""
-    merges = record["merges"]
-    return {
-        merge: min((merges[method][merge] for method in METHODS), key=lambda found: found["tuning_loss"])
-        for merge in merges["linear"]
-    }
-
-
-def merged_above_union(runs: Mapping[str, Record]) -> float:
-    """Points, on the merges for which there is a union."""
-    record, unions = runs["apart"], runs["union"]["merges"]["union"]
-    best = {merge: found for merge, found in best_merges(record).items() if merge in unions}
-    return mean(map(mean, shares(record, best).values())) - mean(map(mean, shares(record, unions).values()))
-
-
-def gains_left(record: Record, method: str) -> dict[str, float]:
-    """By pair, of what its adapter alone gains in loss over the base the share that is left: the mean of both tasks."""
-    base, alone = record["base"], record["alone"]
-    return {
-        pair: mean((base[name][0] - loss) / (base[name][0] - alone[name][0]) for name, (loss, _) in tasks.items())
-        for pair, found in record["merges"][method].items()
-        if len(tasks := found["tasks"]) == 2
-    }
-
-
-def predicts(record: Record, statistic: str, method: str = "sum") -> float:
-    """Spearman's correlation over the pairs of adapters between the statistic and what they cost each other."""
-    left = gains_left(record, method)
-    order = sorted(left, key=lambda pair: record["likeness"][pair][statistic])
-    return rank_correlation(order, {pair: -share for pair, share in left.items()})
 
 
 def of_apart(words: str, number: Callable[[Record], float], bar: float, unit: str = "%", above: bool = True) -> Rule:
@@ -167,9 +121,7 @@ CLAIMS = [
         of_apart(
             "of each task's score alone, percent left with 90 % of the entries of ΔW dropped and the others times 10, "
             "mean of the tasks",
-            lambda record: mean(
-                100 * record["dropped"][name][1] / record["alone"][name][1] for name in record["alone"]
-            ),
+            kept_alone,
             bar=95,
         ),
         BOTH,
@@ -197,6 +149,7 @@ CLAIMS = [
         prediction("subspaces", "overlap of the singular vectors of the two ΔW"),
         (SIX,),
         "15 pairs of six tasks are no 15 independent things; trained from random A's, row spaces hardly overlap",
+        pair_plot("subspaces"),
     ),
     Claim(
         "overlap-outputs",
@@ -205,5 +158,6 @@ CLAIMS = [
         prediction("outputs", "‖ΔW_j x‖ / ‖ΔW_i x‖ on inputs of task i, mean of layers and of both directions,"),
         (SIX,),
         "15 pairs of six tasks are no 15 independent things; the inputs are those behind one adapter, not behind both",
+        pair_plot("outputs"),
     ),
 ]

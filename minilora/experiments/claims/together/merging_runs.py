@@ -231,11 +231,15 @@ def apart(setting: Setting) -> dict[str, Any]:
     for merge in merges_of(names):
         for method in ("sum", *METHODS):
             changes = merged(method, [adapters[name] for name in merge], setting.seed)
-            weight, loss = 1.0, None
+            weight, loss = 1.0, bench.tuning_loss(merge, changes, 1.0)
             if method != "sum":
                 weight, loss = best_weight(partial(bench.tuning_loss, merge, changes))
             tasks = bench.report(merge, changes, weight)
-            record["merges"][method][" + ".join(merge)] = {"weight": weight, "tuning_loss": loss, "tasks": tasks}
+            record["merges"][method][" + ".join(merge)] = {
+                "weight": weight,
+                "tuning_loss": round(loss, 4),
+                "tasks": tasks,
+            }
     return record | ({"likeness": likeness(adapters, bench)} if len(names) > 2 else {})
 
 

@@ -1,0 +1,103 @@
+"""The figures of merging: what is left over the number of adapters, and over what may predict it."""
+
+import textwrap
+from collections.abc import Mapping
+
+from minilora.experiments.claims.claim import interval
+from minilora.experiments.claims.study import Draw
+from minilora.experiments.claims.together.merging_numbers import gains_left, predicts, shares
+from minilora.experiments.claims.together.merging_runs import mean
+from minilora.experiments.figures import LEGEND, Figure, new_figure
+
+WAYS = {  # by method: label, line and marker, colour
+    "sum": ("sum, weights 1", ":v", "#999999"),
+    "linear": ("sum, tuned weight", "-o", "#0072B2"),
+    "svd": ("that, SVD to rank 8", "--s", "#56B4E9"),
+    "ties": ("TIES", "-^", "#D55E00"),
+    "dare": ("DARE, 90 % dropped", "-D", "#E69F00"),
+    "union": ("trained on the union", "-*", "#009E73"),
+    "union short": ("the same, an n-th of the steps", "--x", "#000000"),
+}
+STATISTICS = {
+    "subspaces": "overlap of the singular vectors of the two ΔW",
+    "inputs": "overlap of the covariances of the inputs",
+    "outputs": "‖ΔW_j x‖ / ‖ΔW_i x‖ on the inputs x of task i",
+    "cosine": "cosine between the two ΔW",
+}
+
+
+def left_by_way(runs: Mapping[str, Mapping[int, Mapping]]) -> dict[str, dict[int, dict[str, list[float]]]]:
+    """By way to merge and by seed: of each merge the percent left of its tasks' scores alone."""
+    found: dict[str, dict[int, dict[str, list[float]]]] = {}
+    for arm, by_seed in runs.items():
+        for seed, record in by_seed.items():
+            if seed in runs["apart"]:
+                for method, merges in record["merges"].items():
+                    way = arm if method == "union" else method
+                    found.setdefault(way, {})[seed] = shares(runs["apart"][seed], merges)
+    return {way: found[way] for way in WAYS if way in found}
+
+
+def over_number(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figure:
+    """The mean of all merges of so many adapters and of the seeds; one adapter alone is 100."""
+    figure, (axes,) = new_figure(6.4, 3.4)
+    for way, by_seed in left_by_way(runs).items():
+        label, style, colour = WAYS[way]
+        counts = sorted({len(left) for merges in by_seed.values() for left in merges.values()})
+        left = [
+            mean(mean(one) for merges in by_seed.values() for one in merges.values() if len(one) == count)
+            for count in counts
+        ]
+        axes.plot([1, *counts], [100, *left], style, color=colour, markersize=5, label=label)
+    axes.axhline(80, color="#666666", linestyle=":", linewidth=1)
+    axes.set(
+        xlabel="adapters merged into one", ylabel="of the score alone, left (%)", xticks=[1, 2, 3, 6], ylim=(-3, 105)
+    )
+    axes.set_title(textwrap.fill(title, 70), fontsize="small")
+    figure.legend(**LEGEND, loc="outside right center")
+    return figure
+
+
+def task_bars(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figure:
+    """Of two tasks: what each way to merge leaves of either, a dot for each seed."""
+    ways = left_by_way(runs)
+    names = list(next(iter(runs["apart"].values()))["alone"])
+    figure, (axes,) = new_figure(5.6, 0.9 + 0.42 * len(ways))
+    for task, (name, marker, colour, hatch) in enumerate(
+        zip(names, ("o", "s"), ("#0072B2", "#E69F00"), ("", "///"), strict=False)
+    ):
+        places = [row + 0.38 * task for row in range(len(ways))]
+        left = [[merges[" + ".join(names)][task] for merges in by_seed.values()] for by_seed in ways.values()]
+        axes.barh(places, list(map(mean, left)), 0.36, color=colour, hatch=hatch, edgecolor="white", label=name)
+        for place, values in zip(places, left, strict=True):
+            axes.scatter(values, [place] * len(values), marker=marker, color="white", edgecolor="black", s=14, zorder=3)
+    axes.axvline(80, color="black", linestyle="--", linewidth=1, label="add-tuned's bar, 80 %")
+    axes.set_yticks([row + 0.19 for row in range(len(ways))], [WAYS[way][0] for way in ways])
+    axes.invert_yaxis()
+    axes.set(xlabel="of the score alone, left (%)")
+    axes.set_title(textwrap.fill(title, 70), fontsize="small")
+    figure.legend(**LEGEND, loc="outside lower center", ncols=3)
+    return figure
+
+
+def pair_plot(statistic: str) -> Draw:
+    """A function that draws, of each pair, the statistic and what the plain sum leaves of the gain in loss."""
+
+    def draw(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figure:
+        figure, (axes,) = new_figure(5.4, 3.4)
+        records = list(runs["apart"].values())
+        for pair in gains_left(records[0], "sum"):
+            x = mean(record["likeness"][pair][statistic] for record in records)
+            y = 100 * mean(gains_left(record, "sum")[pair] for record in records)
+            axes.plot([x], [y], "o", color="#0072B2", markersize=5)
+            short = "+".join(name[:3] for name in pair.split(" + "))
+            axes.annotate(short, (x, y), (4, 2), textcoords="offset points", fontsize="x-small")
+        found = [predicts(record, statistic) for record in records]
+        low, middle, high = interval(found) if len(found) > 1 else (found * 3)
+        axes.set(xlabel=STATISTICS[statistic], ylabel="of the gain in loss, left by the sum (%)")
+        axes.margins(x=0.12)
+        rho = f"rank correlation with what is lost {middle:.2f} ({low:.2f} to {high:.2f})"
+        axes.set_title(f"{textwrap.fill(title, 70)}\n{rho}", fontsize="small")
+        return figure
+
+    return draw
