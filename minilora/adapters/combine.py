@@ -21,6 +21,8 @@ signs cancel. Two remedies work on the entries of ΔW, so both need ΔW whole an
             entries of one adapter meet an entry of another
 
 Both come back to rank r by SVD, and report how much of ΔW was lost: often much, because the result is not low-rank.
+PEFT's `add_weighted_adapter` calls these "ties_svd" and "dare_linear_svd", the truncation "svd", and the concatenation
+"cat". Its "linear", "ties" and "dare_linear" do the same to the A's and to the B's: the cross terms above come along.
 
 Letters in the shape comments: in and out the layer's features, n adapters, r_i the rank of one, R of all together.
 """
