@@ -13,16 +13,8 @@ from minilora.config import LoRAConfig
 from minilora.experiments.claims.claim import Claim
 from minilora.experiments.claims.together import merging
 from minilora.experiments.claims.together import merging_numbers as numbers
-from minilora.experiments.claims.together.merging_runs import (
-    WEIGHTS,
-    Bench,
-    Skill,
-    best_weight,
-    change_of,
-    likeness,
-    merged,
-    merges_of,
-)
+from minilora.experiments.claims.together.merging_bench import Bench, Skill, change_of, likeness, merges_of
+from minilora.experiments.claims.together.merging_runs import WEIGHTS, best_weight, merged, tuned_weights
 from minilora.experiments.run import BASE
 from minilora.model import GPT, GPTConfig
 from minilora.text.rewordings import REWORDINGS, rewording
@@ -141,6 +133,15 @@ def test_the_best_weight_is_found_wherever_it_lies(best):
     assert set(asked) <= set(WEIGHTS)
 
 
+def test_a_weight_for_each_is_found_where_one_for_all_is_not(bench, monkeypatch):
+    adapters, name = [random_adapter(bench, seed) for seed in range(2)], LAYERS[0]
+    wanted = 0.25 * change_of(adapters[0])[name] + 1.4 * change_of(adapters[1])[name]
+    monkeypatch.setattr(bench, "tuning_loss", lambda merge, changes, weight: (changes[name] - wanted).norm().item())
+    changes, weights, loss = tuned_weights(bench, ("past", "record"), adapters)
+    assert weights == [0.25, 1.4] and loss < 1e-5
+    torch.testing.assert_close(changes[name], wanted)
+
+
 # What may predict it
 
 
@@ -217,7 +218,8 @@ def test_the_figures_are_drawn():
     merges = {way: RECORD["merges"]["sum"] for way in ("sum", *numbers.METHODS)}
     likes = {pair: dict.fromkeys(("subspaces", "outputs"), found["up"]) for pair, found in RECORD["likeness"].items()}
     record = RECORD | {"merges": merges, "likeness": likes}
-    runs = {"apart": {0: record, 1: record}, "union": {0: {"merges": {"union": merges["sum"]}}}, "union short": {}}
+    runs = {"apart": {0: record, 1: record}, "gently": {0: record}}
+    runs |= {"union": {0: {"merges": {"union": merges["sum"]}}}, "union short": {}}
     for draw in (merging.SIX.figure, *(claim.figure for claim in merging.CLAIMS if claim.figure)):
         assert len(draw("merging, tiny", runs).axes) == 1
     two = {"alone": {n: RECORD["alone"][n] for n in "ab"}, "merges": {"sum": {"a + b": merges["sum"]["a + b"]}}}

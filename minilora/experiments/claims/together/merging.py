@@ -6,7 +6,7 @@ from minilora.experiments.claims.claim import Claim, Record, Rule
 from minilora.experiments.claims.study import Arm, Plan, Study
 from minilora.experiments.claims.together.merging_figures import over_number, pair_plot, task_bars
 from minilora.experiments.claims.together.merging_numbers import kept, kept_alone, merged_above_union, predicts
-from minilora.experiments.claims.together.merging_runs import measure
+from minilora.experiments.claims.together.merging_runs import EVERY_WAY, measure
 from minilora.text.rewordings import REWORDINGS
 
 ARMS = {
@@ -14,6 +14,16 @@ ARMS = {
     # As many steps as the adapters of one merge took together; and as many as one of them.
     "union": Arm("lora", settings={"one for all": True, "as long": True, "largest": 2}),
     "union short": Arm("lora", settings={"one for all": True, "as long": False, "largest": 2}),
+    # Of pairs only, and of no rule: the same adapters with a weight for each, and others at a smaller rate.
+    "a weight each": Arm(
+        "lora", settings={"one for all": False, "methods": ("weights",), "sizes": (2,)}, rate_of="apart"
+    ),
+    "gently": Arm(
+        "lora",
+        settings={"one for all": False, "methods": ("sum", "linear"), "sizes": (2,), "times": 3},
+        rate_of="apart",
+        rate_times=0.3,
+    ),
 }
 SIX = Study(
     "merging",
@@ -25,7 +35,13 @@ SIX = Study(
             steps=40,
             seeds=3,
             minutes=8,
-            settings={"tasks": tuple(REWORDINGS), "tuned on": 20, "asked": 40, "training": {"batch_size": 16}},
+            settings={
+                **EVERY_WAY,
+                "tasks": tuple(REWORDINGS),
+                "tuned on": 20,
+                "asked": 40,
+                "training": {"batch_size": 16},
+            },
         )
     },
     measure,
@@ -43,6 +59,7 @@ REAL = Study(
             seeds=2,
             minutes=15,
             settings={
+                **EVERY_WAY,
                 "tasks": ("pirate", "orders"),
                 "tuned on": 6,
                 "asked": 30,

@@ -5,18 +5,20 @@ from collections.abc import Mapping
 
 from minilora.experiments.claims.claim import interval
 from minilora.experiments.claims.study import Draw
+from minilora.experiments.claims.together.merging_bench import mean
 from minilora.experiments.claims.together.merging_numbers import gains_left, predicts, shares
-from minilora.experiments.claims.together.merging_runs import mean
 from minilora.experiments.figures import LEGEND, Figure, new_figure
 
-WAYS = {  # by method: label, line and marker, colour
-    "sum": ("sum, weights 1", ":v", "#999999"),
-    "linear": ("sum, tuned weight", "-o", "#0072B2"),
-    "svd": ("that, SVD to rank 8", "--s", "#56B4E9"),
-    "ties": ("TIES", "-^", "#D55E00"),
-    "dare": ("DARE, 90 % dropped", "-D", "#E69F00"),
-    "union": ("trained on the union", "-*", "#009E73"),
-    "union short": ("the same, an n-th of the steps", "--x", "#000000"),
+WAYS = {  # arm and method: label, line and marker, colour
+    ("apart", "sum"): ("sum, weights 1", ":v", "#999999"),
+    ("apart", "linear"): ("sum, tuned weight", "-o", "#0072B2"),
+    ("a weight each", "weights"): ("sum, a weight each", "P", "#0072B2"),
+    ("gently", "linear"): ("sum, adapters trained\nat 0.3 of the rate", "p", "#CC79A7"),
+    ("apart", "svd"): ("sum, SVD to rank 8", "--s", "#56B4E9"),
+    ("apart", "ties"): ("TIES", "-^", "#D55E00"),
+    ("apart", "dare"): ("DARE, 90 % dropped", "-D", "#E69F00"),
+    ("union", "union"): ("trained on the union", "-*", "#009E73"),
+    ("union short", "union"): ("the same, an n-th\nof the steps", "--x", "#000000"),
 }
 STATISTICS = {
     "subspaces": "overlap of the singular vectors of the two ΔW",
@@ -26,16 +28,15 @@ STATISTICS = {
 }
 
 
-def left_by_way(runs: Mapping[str, Mapping[int, Mapping]]) -> dict[str, dict[int, dict[str, list[float]]]]:
+def left_by_way(runs: Mapping[str, Mapping[int, Mapping]]) -> dict[tuple, dict[int, dict[str, list[float]]]]:
     """By way to merge and by seed: of each merge the percent left of its tasks' scores alone."""
-    found: dict[str, dict[int, dict[str, list[float]]]] = {}
-    for arm, by_seed in runs.items():
-        for seed, record in by_seed.items():
-            if seed in runs["apart"]:
-                for method, merges in record["merges"].items():
-                    way = arm if method == "union" else method
-                    found.setdefault(way, {})[seed] = shares(runs["apart"][seed], merges)
-    return {way: found[way] for way in WAYS if way in found}
+    found: dict[tuple, dict[int, dict[str, list[float]]]] = {}
+    for arm, method in WAYS:
+        for seed, record in runs.get(arm, {}).items():
+            alone = record if "alone" in record else runs["apart"].get(seed)
+            if alone is not None and method in record["merges"]:
+                found.setdefault((arm, method), {})[seed] = shares(alone, record["merges"][method])
+    return found
 
 
 def over_number(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figure:
@@ -48,8 +49,10 @@ def over_number(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figure
             mean(mean(one) for merges in by_seed.values() for one in merges.values() if len(one) == count)
             for count in counts
         ]
-        axes.plot([1, *counts], [100, *left], style, color=colour, markersize=5, label=label)
-    axes.axhline(80, color="#666666", linestyle=":", linewidth=1)
+        alone = counts[1:] != []  # a point where only pairs were merged
+        line = ([1, *counts], [100, *left]) if alone else (counts, left)
+        axes.plot(*line, style, color=colour, markersize=5, label=label)
+    axes.axhline(80, color="#666666", linestyle=":", linewidth=1, label="add-tuned's bar, 80 %")
     axes.set(
         xlabel="adapters merged into one", ylabel="of the score alone, left (%)", xticks=[1, 2, 3, 6], ylim=(-3, 105)
     )
@@ -75,7 +78,7 @@ def task_bars(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figure:
     axes.set_yticks([row + 0.19 for row in range(len(ways))], [WAYS[way][0] for way in ways])
     axes.invert_yaxis()
     axes.set(xlabel="of the score alone, left (%)")
-    axes.set_title(textwrap.fill(title, 70), fontsize="small")
+    axes.set_title(textwrap.fill(title, 58), fontsize="small")
     figure.legend(**LEGEND, loc="outside lower center", ncols=3)
     return figure
 

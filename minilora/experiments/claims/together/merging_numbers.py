@@ -5,7 +5,8 @@ from typing import Any
 
 from minilora.experiments.claims.claim import Record
 from minilora.experiments.claims.knobs.orders import rank_correlation
-from minilora.experiments.claims.together.merging_runs import METHODS, mean
+from minilora.experiments.claims.together.merging_bench import mean
+from minilora.experiments.claims.together.merging_runs import METHODS
 
 
 def shares(record: Record, merges: Mapping[str, Any]) -> dict[str, list[float]]:
