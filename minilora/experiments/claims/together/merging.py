@@ -101,7 +101,8 @@ CLAIMS = [
             bar=80,
         ),
         BOTH,
-        "one weight for both; a weight for each may do better, and takes a search in as many dimensions as adapters",
+        "exact answers break first: where 39 % of the scores are left, so is 87 % of the gain in loss; one weight for "
+        "both, and a high rate: the arms with a weight for each and with 0.3 of the rate say what these give",
     ),
     Claim(
         "merge-many",
@@ -165,7 +166,8 @@ CLAIMS = [
         "Shah et al. 2023, arXiv:2311.13600 (ZipLoRA), section 4; Ilharco et al. 2023, arXiv:2212.04089, section 5",
         prediction("subspaces", "overlap of the singular vectors of the two ΔW"),
         (SIX,),
-        "15 pairs of six tasks are no 15 independent things; trained from random A's, row spaces hardly overlap",
+        "15 pairs of six tasks are no 15 independent things; trained from random A's, all pairs overlap alike (0.07 to "
+        "0.12, where chance gives 0.04), and which tasks they are says more than how they overlap",
         pair_plot("subspaces"),
     ),
     Claim(
