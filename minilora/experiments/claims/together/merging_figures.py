@@ -7,18 +7,32 @@ from minilora.experiments.claims.claim import interval
 from minilora.experiments.claims.study import Draw
 from minilora.experiments.claims.together.merging_bench import mean
 from minilora.experiments.claims.together.merging_numbers import gains_left, predicts, shares
-from minilora.experiments.figures import LEGEND, Figure, new_figure
+from minilora.experiments.looks import (
+    BLACK,
+    BLUE,
+    DARK,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    SKY,
+    VERMILION,
+    legend_below,
+    new_figure,
+    titled,
+)
+from minilora.experiments.pictures import Figure, redrawable
 
 WAYS = {  # arm and method: label, line and marker, colour
-    ("apart", "sum"): ("sum, weights 1", ":v", "#999999"),
-    ("apart", "linear"): ("sum, tuned weight", "-o", "#0072B2"),
-    ("a weight each", "weights"): ("sum, a weight each", "P", "#0072B2"),
-    ("gently", "linear"): ("sum, adapters trained\nat 0.3 of the rate", "p", "#CC79A7"),
-    ("apart", "svd"): ("sum, SVD to rank 8", "--s", "#56B4E9"),
-    ("apart", "ties"): ("TIES", "-^", "#D55E00"),
-    ("apart", "dare"): ("DARE, 90 % dropped", "-D", "#E69F00"),
-    ("union", "union"): ("trained on the union", "-*", "#009E73"),
-    ("union short", "union"): ("the same, an n-th\nof the steps", "--x", "#000000"),
+    ("apart", "sum"): ("sum, weights 1", ":v", GREY),
+    ("apart", "linear"): ("sum, tuned weight", "-o", BLUE),
+    ("a weight each", "weights"): ("sum, a weight each", "P", BLUE),
+    ("gently", "linear"): ("sum, adapters trained\nat 0.3 of the rate", "p", PINK),
+    ("apart", "svd"): ("sum, SVD to rank 8", "--s", SKY),
+    ("apart", "ties"): ("TIES", "-^", VERMILION),
+    ("apart", "dare"): ("DARE, 90 % dropped", "-D", ORANGE),
+    ("union", "union"): ("trained on the union", "-*", GREEN),
+    ("union short", "union"): ("the same, an n-th\nof the steps", "--x", BLACK),
 }
 STATISTICS = {
     "subspaces": "overlap of the singular vectors of the two ΔW",
@@ -39,6 +53,7 @@ def left_by_way(runs: Mapping[str, Mapping[int, Mapping]]) -> dict[tuple, dict[i
     return found
 
 
+@redrawable
 def over_number(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figure:
     """The mean of all merges of so many adapters and of the seeds; one adapter alone is 100."""
     figure, (axes,) = new_figure(6.4, 3.4)
@@ -52,22 +67,23 @@ def over_number(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figure
         alone = counts[1:] != []  # a point where only pairs were merged
         line = ([1, *counts], [100, *left]) if alone else (counts, left)
         axes.plot(*line, style, color=colour, markersize=5, label=label)
-    axes.axhline(80, color="#666666", linestyle=":", linewidth=1, label="add-tuned's bar, 80 %")
+    axes.axhline(80, color=DARK, linestyle=":", linewidth=1, label="add-tuned's bar, 80 %")
     axes.set(
         xlabel="adapters merged into one", ylabel="of the score alone, left (%)", xticks=[1, 2, 3, 6], ylim=(-3, 105)
     )
-    axes.set_title(textwrap.fill(title, 70), fontsize="small")
-    figure.legend(**LEGEND, loc="outside right center")
+    titled(axes, title)
+    legend_below(figure, axes)
     return figure
 
 
+@redrawable
 def task_bars(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figure:
     """Of two tasks: what each way to merge leaves of either, a dot for each seed."""
     ways = left_by_way(runs)
     names = list(next(iter(runs["apart"].values()))["alone"])
     figure, (axes,) = new_figure(5.6, 0.9 + 0.42 * len(ways))
     for task, (name, marker, colour, hatch) in enumerate(
-        zip(names, ("o", "s"), ("#0072B2", "#E69F00"), ("", "///"), strict=False)
+        zip(names, ("o", "s"), (BLUE, ORANGE), ("", "///"), strict=False)
     ):
         places = [row + 0.38 * task for row in range(len(ways))]
         left = [[merges[" + ".join(names)][task] for merges in by_seed.values()] for by_seed in ways.values()]
@@ -78,8 +94,8 @@ def task_bars(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figure:
     axes.set_yticks([row + 0.19 for row in range(len(ways))], [WAYS[way][0] for way in ways])
     axes.invert_yaxis()
     axes.set(xlabel="of the score alone, left (%)")
-    axes.set_title(textwrap.fill(title, 58), fontsize="small")
-    figure.legend(**LEGEND, loc="outside lower center", ncols=3)
+    titled(axes, title)
+    legend_below(figure, axes)
     return figure
 
 
@@ -92,7 +108,7 @@ def pair_plot(statistic: str) -> Draw:
         for pair in gains_left(records[0], "sum"):
             x = mean(record["likeness"][pair][statistic] for record in records)
             y = 100 * mean(gains_left(record, "sum")[pair] for record in records)
-            axes.plot([x], [y], "o", color="#0072B2", markersize=5)
+            axes.plot([x], [y], "o", color=BLUE, markersize=5)
             short = "+".join(name[:3] for name in pair.split(" + "))
             axes.annotate(short, (x, y), (4, 2), textcoords="offset points", fontsize="x-small")
         found = [predicts(record, statistic) for record in records]
