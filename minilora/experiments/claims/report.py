@@ -17,7 +17,7 @@ PAGE = "data/claims/README.md"  # what `page` says, as the README of the reposit
 HEADLINES = (
     *("as-full", "targets-qv", "targets-mlp", "rank-8", "rate-any-rank", "again-gain", "capacity-two-bits"),
     *("capacity-enough", "qlora", "forget-less", "forget-rate", "facts-strangers", "few-good", "rl-rank-1"),
-    *("dpo-accuracy", "teach-soft"),
+    *("dpo-accuracy", "teach-soft", "add-tuned", "overlap-subspaces", "wire-data-parallel", "wire-sharded"),
 )
 
 
