@@ -160,3 +160,12 @@ def test_the_evaluation_is_the_one_on_record():
     expected += [f"{'loss on world text':<34}{evaluation['loss']:7.4f} nats per token, {above}"]
     for line in expected:
         assert line in README.splitlines(), f"on record: {line!r}, which the README does not say"
+
+
+def test_the_bytes_on_the_wire_are_the_stored_ones():
+    path = Path(__file__).parents[1] / "data" / "claims" / "wire.smollm2.json"
+    sent = {run["arm"]: run["sent"] / 1e6 for run in json.loads(path.read_text(encoding="utf-8"))["runs"]}
+    for name, *cells in table_after("| | full | LoRA | QLoRA |"):
+        way = name.removeprefix("SmolLM2, ")
+        expected = [f"{sent[f'{method}, {way}']:.1f}" for method in ("full", "lora", "qlora")]
+        assert cells == expected, f"{name}: stored {expected}, the README says {cells}"

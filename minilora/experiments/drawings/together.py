@@ -96,7 +96,7 @@ def data_parallel() -> Figure:
         7,
         3.7,
         "Two devices side by side. On each: its half of the batch, the whole frozen base, A and B, and their "
-        "gradients. Between them one arrow with two heads, at the gradients of A and B alone: they are averaged. Then "
+        "gradients. Between them one arrow with two heads, at the gradients of A and B alone: they are added up. Then "
         "both devices take the same step.",
     )
     for x, number in ((1.5, 1), (5.5, 2)):
@@ -112,7 +112,7 @@ def data_parallel() -> Figure:
     left, right = 1.5 + 0.85, 5.5 - 0.55
     arrow(axes, (3.6, 1.0), (left, 1.0))
     arrow(axes, (3.6, 1.0), (right, 1.0))
-    label(axes, 3.5, 1.55, "their mean:", TEXT)
+    label(axes, 3.5, 1.55, "their sum:", TEXT)
     label(axes, 3.5, 1.25, "$r$ · (in + out)", SMALL)
     label(axes, 3.5, 0.8, "all that is sent", SMALL, color=QUIET)
     key(axes, 0.25, 0.2, {"frozen": "frozen, the same on both", "trained": "trained, takes the same step on both"})
