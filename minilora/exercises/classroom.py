@@ -38,8 +38,9 @@ def release(out: Path) -> tuple[Path, list[str]]:
     try:
         for name in (*HANDED_OUT, PACKAGE.name):
             if (root / name).is_dir():
-                ignored = (*NOISE, *(KEPT_BACK if name == "tests" else ()))
-                shutil.copytree(root / name, beside / name, ignore=shutil.ignore_patterns(*ignored))
+                noise = (*NOISE, *(KEPT_BACK if name == "tests" else ()))
+                ignored = shutil.ignore_patterns(*noise)
+                shutil.copytree(root / name, beside / name, symlinks=True, ignore=ignored)
             else:
                 shutil.copy2(root / name, beside / name)
         for module, text in blanked().items():

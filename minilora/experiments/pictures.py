@@ -26,11 +26,12 @@ from matplotlib.ticker import FixedFormatter
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from minilora.places import DATA
 from minilora.storage.files import read_json
 
 FILE_DPI, NOTEBOOK_DPI = 200, 144
 COLOURS = 128  # enough for a drawing; a picture of all colours is three times as large
-RECORDS = Path(__file__).parents[2] / "data" / "claims"
+RECORDS = DATA / "claims"
 Arguments = ParamSpec("Arguments")
 
 

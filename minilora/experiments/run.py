@@ -17,6 +17,7 @@ from minilora.experiments.methods import BaseFolder, Experiment, finish, prepare
 from minilora.inference.evaluate import score_task
 from minilora.model import GPT
 from minilora.objectives import preferred
+from minilora.places import DATA
 from minilora.ranges import LEARNING_RATE, STEPS, whole
 from minilora.storage.adapters import save_adapter
 from minilora.storage.config import MODEL_CONFIG, load_config
@@ -34,7 +35,6 @@ from minilora.text.tokenizer import open_tokenizer
 from minilora.train import train
 from minilora.train_settings import History, TrainConfig
 
-DATA = Path(__file__).parents[2] / "data"
 BASE = DATA / "base"
 LEARNING_RATES = DATA / "learning_rates.json"
 WIDE = 384  # hidden_size; the shipped base has 192, SmolLM2 576

@@ -9,12 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from minilora.places import MODELS
 from minilora.storage.files import make_folder
 from minilora.storage.gguf import close_gguf, is_gguf
 from minilora.storage.models import hub_advice, load_model, save_model
 from minilora.text.tokenizer import open_tokenizer, tokenizer_files
-
-MODELS = Path(__file__).parents[2] / "models"
 
 
 @dataclass(frozen=True)

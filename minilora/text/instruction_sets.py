@@ -14,11 +14,12 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from minilora.places import DATA
 from minilora.text.tasks import Example, Task, is_right_json
 from minilora.text.words import listed
 from minilora.text.world import Dice
 
-INSTRUCTIONS = Path(__file__).parents[2] / "data" / "instructions"
+INSTRUCTIONS = DATA / "instructions"
 Pair = dict[str, str]  # "prompt" and "completion"
 
 
