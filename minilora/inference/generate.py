@@ -25,6 +25,8 @@ from minilora.adapters.prompts import Prompt
 from minilora.model import GPT, KVCache
 from minilora.ranges import NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, TORCH_SEED
 
+BROKEN_LOGITS = "the model's logits hold NaN or infinity, so no token can be chosen; its weights are broken"
+
 
 def generate(
     model: GPT | Prompt,
@@ -149,7 +151,7 @@ def row_generators(rows: int, seed: int) -> list[torch.Generator]:
 def choose_tokens(logits: Tensor, temperature: float, top_k, top_p, generators: list[torch.Generator]) -> Tensor:
     """logits (B, V) -> one token id for each row, (B,)."""
     if not logits.isfinite().all():
-        raise ValueError("the model's logits hold NaN or infinity, so no token can be chosen; its weights are broken")
+        raise ValueError(BROKEN_LOGITS)
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits, order = logits.double().cpu().sort(dim=-1, descending=True, stable=True)  # likeliest first

@@ -11,15 +11,16 @@ All rows end at the right edge, so that the next token is one column for all. Th
 which attention never looks at and positions do not count. Columns that are padding in every row are cut off.
 """
 
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from minilora.inference.bank import AdapterBank
-from minilora.inference.generate import check_prompts, choose_tokens, end_ids, left_pad, row_generators
+from minilora.inference.generate import BROKEN_LOGITS, check_prompts, choose_tokens, end_ids, left_pad, row_generators
 from minilora.model import KVCache
 
 
@@ -32,14 +33,25 @@ class Request:
     max_new_tokens: int = 64
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """A request on its way through the batch."""
 
     number: int  # of the request
     request: Request
     random: torch.Generator
-    tokens: list[int]  # generated so far; the last one is not in the cache yet
+    how: tuple[float, int | None, float | None] = (0.0, None, None)  # temperature, top_k, top_p
+    ends: Collection[int] = ()  # the tokens that end it
+    tokens: list[int] = field(default_factory=list)  # generated so far; the last one is not in the cache yet
+    broken: bool = False  # its logits were no numbers
+
+    @property
+    def ended(self) -> bool:
+        return self.tokens[-1] in self.ends
+
+    @property
+    def done(self) -> bool:
+        return self.broken or self.ended or len(self.tokens) == self.request.max_new_tokens
 
 
 def serve(
@@ -61,64 +73,111 @@ def serve(
     Raises ValueError, before anything runs, for what `generate` refuses, an unknown adapter and a batch_size below 1;
     and at the first answer, if another batch of the bank is under way then.
     """
+    check_batch_size(batch_size)
+    how = temperature, top_k, top_p
+    for number, request in enumerate(requests):
+        check_request(bank, request, *how, number=number)
+    return _run(bank, requests, batch_size, how, seed, end_ids(eos_id), vocab_size)
+
+
+def check_batch_size(batch_size: int):
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1")
-    for number, request in enumerate(requests):
-        bank.check_known(request.adapter)
-        how = request.max_new_tokens, temperature, top_k, top_p
-        check_prompts(bank.model, [request.prompt], *how, number, [bank.virtual_tokens(request.adapter)])
-    return _run(bank, requests, batch_size, temperature, top_k, top_p, seed, end_ids(eos_id), vocab_size)
 
 
-@torch.no_grad()
-def _run(bank: AdapterBank, requests, batch_size: int, temperature, top_k, top_p, seed: int, ends, vocab_size):
-    if bank.running is not None:
-        raise ValueError("a batch of this bank is under way; end it before the next one begins")
+def check_request(bank: AdapterBank, request: Request, temperature, top_k=None, top_p=None, number: int = 0):
+    """Raises ValueError for an unknown adapter, and for what `generate` refuses."""
+    bank.check_known(request.adapter)
+    how = request.max_new_tokens, temperature, top_k, top_p
+    check_prompts(bank.model, [request.prompt], *how, number, [bank.virtual_tokens(request.adapter)])
+
+
+def _run(bank: AdapterBank, requests: Sequence[Request], batch_size: int, how, seed: int, ends, vocab_size):
     generators = row_generators(len(requests), seed)
-    waiting = [Row(number, request, generators[number], []) for number, request in enumerate(requests)][::-1]
-    rows: list[Row] = []
-    cache, selected = KVCache(), None
-
-    def step(some: list[Row], ids: Tensor, own: KVCache):
-        """One forward pass of ids (B, T) with each row's adapter, and one more token for each row."""
-        nonlocal selected
-        names = [row.request.adapter for row in some]
-        if names != selected:  # as long as the rows stay, the A and B that were gathered for them serve
-            bank.select(names)
-            selected = names
-        logits = bank.model.lm_head(bank.model.model(ids, own)[:, -1])  # (B, V)
-        tokens = choose_tokens(logits[:, :vocab_size], temperature, top_k, top_p, [row.random for row in some])
-        for row, token in zip(some, tokens.tolist(), strict=True):
-            row.tokens.append(token)
-
+    waiting = deque(Row(number, request, generators[number], how, ends) for number, request in enumerate(requests))
+    batch = RunningBatch(bank, batch_size, vocab_size)
     try:
-        while rows or waiting:
-            new: list[Row] = []
-            present = {row.request.adapter for row in rows}
-            while waiting and len(rows) + len(new) < batch_size:
-                present |= {waiting[-1].request.adapter}
-                if len(present - {None}) > bank.slots:
-                    break
-                new.append(waiting.pop())
-            if rows:
-                step(rows, torch.tensor([row.tokens[-1:] for row in rows], device=bank.device), cache)
-            if new:
-                ids, padding = left_pad([row.request.prompt for row in new], bank.device)
-                own = bank.new_cache([row.request.adapter for row in new], padding)
-                step(new, ids, own)
-                rows, cache = rows + new, join(cache, own) if rows else own
-            bank.running = [row.request.adapter for row in rows]  # in use, for those who ask between two answers
-            running = []
-            for place, row in enumerate(rows):
-                ended = row.tokens[-1] in ends
-                if ended or len(row.tokens) == row.request.max_new_tokens:
-                    yield row.number, row.tokens[:-1] if ended else row.tokens
-                else:
-                    running.append(place)
-            if len(running) < len(rows):
-                rows, cache = [rows[place] for place in running], keep(cache, running)
+        while batch.rows or waiting:
+            for row in batch.step(waiting):
+                if row.broken:
+                    raise ValueError(BROKEN_LOGITS)
+                yield row.number, row.tokens[:-1] if row.ended else row.tokens
+            batch.leave([row for row in batch.rows if row.done])
     finally:
-        bank.select(None)
+        batch.close()
+
+
+class RunningBatch:
+    """The rows that run at the moment. Whoever holds it steps, hands out what is done and lets it leave, until none is
+    left; and closes it.
+
+    Raises ValueError where another batch of the bank is under way.
+    """
+
+    def __init__(self, bank: AdapterBank, batch_size: int, vocab_size: int | None = None):
+        if bank.running is not None:
+            raise ValueError("a batch of this bank is under way; end it before the next one begins")
+        self.bank, self.batch_size, self.vocab_size = bank, batch_size, vocab_size
+        self.rows: list[Row] = []
+        self.cache = KVCache()
+        self.selected: list[str | None] | None = None
+
+    def step(self, waiting: deque[Row]) -> list[Row]:
+        """One token more for each row, and the first one for those that come in from the front of `waiting`; returns
+        the rows that are done, which are in the batch until they `leave`."""
+        new = self._admitted(waiting)
+        if self.rows:
+            ids = torch.tensor([row.tokens[-1:] for row in self.rows], device=self.bank.device)
+            self._forward(self.rows, ids, self.cache)
+        if new:
+            ids, padding = left_pad([row.request.prompt for row in new], self.bank.device)
+            own = self.bank.new_cache([row.request.adapter for row in new], padding)
+            self._forward(new, ids, own)
+            self.rows, self.cache = self.rows + new, join(self.cache, own) if self.rows else own
+        # In use, for those who ask between two steps.
+        self.bank.running = [row.request.adapter for row in self.rows]
+        return [row for row in self.rows if row.done]
+
+    def _admitted(self, waiting: deque[Row]) -> list[Row]:
+        """Takes from `waiting` the rows for which there is a place, and a slot for their adapter."""
+        new: list[Row] = []
+        present = {row.request.adapter for row in self.rows}
+        while waiting and len(self.rows) + len(new) < self.batch_size:
+            present |= {waiting[0].request.adapter}
+            if len(present - {None}) > self.bank.slots:
+                break
+            new.append(waiting.popleft())
+        return new
+
+    @torch.no_grad()
+    def _forward(self, rows: list[Row], ids: Tensor, cache: KVCache):
+        """One forward pass of ids (B, T) with each row's adapter, and one more token for each row."""
+        names = [row.request.adapter for row in rows]
+        if names != self.selected:  # as long as the rows stay, the A and B that were gathered for them serve
+            self.bank.select(names)
+            self.selected = names
+        logits = self.bank.model.lm_head(self.bank.model.model(ids, cache)[:, -1])[:, : self.vocab_size]  # (B, V)
+        for row, finite in zip(rows, logits.isfinite().all(1).tolist(), strict=True):
+            row.broken = not finite
+        for how in dict.fromkeys(row.how for row in rows if not row.broken):
+            places = [place for place, row in enumerate(rows) if row.how == how and not row.broken]
+            tokens = choose_tokens(logits[places], *how, [rows[place].random for place in places])
+            for place, token in zip(places, tokens.tolist(), strict=True):
+                rows[place].tokens.append(token)
+
+    def leave(self, rows: Collection[Row]):
+        """These rows leave the batch, done or not."""
+        staying = [place for place, row in enumerate(self.rows) if row not in rows]
+        if len(staying) < len(self.rows):
+            self.rows, self.cache = [self.rows[place] for place in staying], keep(self.cache, staying)
+            self.bank.running = [row.request.adapter for row in self.rows]
+        if not self.rows:
+            self.close()
+
+    def close(self):
+        """Ends the batch: all rows are gone, and the model is the base. It can begin again."""
+        self.rows, self.cache, self.selected = [], KVCache(), None
+        self.bank.select(None)
 
 
 def pad_left(cache: KVCache, length: int) -> KVCache:
