@@ -34,8 +34,9 @@ from minilora.inference.chat import Conversation, open_shelf, talk, typed_lines,
 from minilora.inference.evaluate import evaluate_world, score_task
 from minilora.inference.generate import stream
 from minilora.model import GPT
-from minilora.options import CHANGES, CONVERSE, EXCLUSIVE, OPTIONS, OPTIONS_OF, device_of, targets_of
+from minilora.options import CHANGES, CONVERSE, EXCLUSIVE, OPTIONS, VERBS, device_of, targets_of
 from minilora.quant import Quantization
+from minilora.serving.server import run_server
 from minilora.storage.adapters import load_adapter
 from minilora.storage.config import MODEL_CONFIG, load_config
 from minilora.storage.files import make_folder
@@ -197,6 +198,13 @@ def evaluate(options):
         print(evaluate_world(model, base.tokenizer, options.count).table())
 
 
+def serve(options):
+    """A base and a folder of adapters over HTTP, as OpenAI's interface: the adapter's name is the model's."""
+    base, names = base_of(options), ("host", "port", "batch_size", "max_queue", "max_new_tokens", "force")
+    settings = {name: value for name in names if (value := getattr(options, name)) is not None}
+    run_server(lambda: load_base(base, options), base.tokenizer, base.name, options.adapters, **settings)
+
+
 def bench(options):
     """The speed ratios we claim, each beside its bar; with --base those of a real model, and its bytes and 4 bits; with
     --device cuda or --small one run that checks and measures a device, with --show the tables of such a run."""
@@ -252,14 +260,14 @@ def load_with_adapter(base: BaseFolder, options, adapter: Path | None = None):
     return load(model, adapter, options.force)
 
 
-VERBS = (compare, finetune, pretrain, generate, memory, merge, evaluate, bench, get, convert, claims)
+RUN = (compare, finetune, pretrain, generate, memory, merge, evaluate, serve, bench, get, convert, claims)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m minilora", description=(__doc__ or "").split("\n\n")[0])
     verbs = parser.add_subparsers(dest="verb", metavar="verb")
-    for function in VERBS:
-        names = OPTIONS_OF[function.__name__]
+    for function in RUN:
+        names = VERBS[function.__name__]
         words: dict[str, Any] = dict(help=function.__doc__, description=function.__doc__)
         verb = verbs.add_parser(function.__name__, formatter_class=HelpFormatter, **words)
         verb.set_defaults(run=function)

@@ -45,6 +45,7 @@ def method_list(word: str) -> list[str]:
 OPTIONS: dict[str, dict[str, Any]] = {
     "--accumulation-steps": number(ranges.BATCH_SIZE, "micro-batches the batch is cut into", default=1),
     "--adapter": dict(type=a_path, help="an adapter folder in PEFT layout"),
+    "--adapters": dict(type=a_path, metavar="FOLDER", help="holds the adapters, each in a folder of its name"),
     "--alpha": number(ranges.ALPHA, "lora_alpha (twice the rank)"),
     "--autocast": FLAG | dict(help="matrix products in bfloat16 whatever the weights are"),
     "--beta": number(
@@ -71,8 +72,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--gradient-checkpointing": FLAG | dict(help="keep less for backward, compute it again"),
     "--group-by-length": SWITCH | dict(help="batches of rows of like length: less padding"),
     "--group-size": number(ranges.GROUP_SIZE, f"of grpo, samples of a prompt ({GROUP})"),
+    "--host": dict(type=a_name, default="127.0.0.1", help="the address to listen on; 0.0.0.0 is all, for everybody"),
     "--learning-rate": number(ranges.LEARNING_RATE, "instead of the tuned one"),
     "--loraplus-ratio": number(ranges.LORAPLUS_RATIO, "B's rate over A's", default=Experiment.loraplus_ratio),
+    "--max-queue": number(ranges.BATCH_SIZE, "requests that may wait", default=64),
     "--max-new-tokens": number(ranges.NEW_TOKENS, "64, for an answer of a chat 512"),
     "--method": dict(choices=METHODS, default="lora", help="which parameters are trained, and how"),
     "--methods": dict(type=method_list, default=",".join(DEFAULT_METHODS), help=f"of {', '.join(METHODS)}"),
@@ -82,6 +85,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     ),
     "--out": dict(type=a_path, help="the folder to write"),
     "--overwrite": FLAG | dict(help="replace what --out holds, also a model by an adapter or an adapter by a model"),
+    "--port": number(ranges.PORT, "0 takes a free one", default=8000),
     "--precision": dict(choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA"),
     "--quantize": dict(choices=("auto", "none", *LEVELS), default="auto", help="the base in 4 bits (auto: as trained)"),
     "--rank": number(ranges.RANK, default=8),
@@ -131,6 +135,10 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
         "--count": number(ranges.COUNT, "questions of each kind"),
         "--task": dict(help="its questions instead of those of the world"),
     },
+    "serve": {
+        "--batch-size": dict(default=16, help="requests that run together"),
+        "--max-new-tokens": dict(default=512, help="of one answer, at most"),
+    },
     "claims": {"--seeds": number(ranges.PAIRS, "how many seeds of each arm (as planned)", default=None)},
     "bench": {
         "--base": dict(default=None, help="a real model instead: a folder, a GGUF file, or a name that get knows"),
@@ -152,9 +160,6 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
         "--sequence-length": number(ranges.SEQUENCE, "tokens", default=2048),
     },
 }
-# Each pair excludes the other.
-EXCLUSIVE = (("--task", "--data"), ("--model", "--base"), ("--learning-rate", "--tune"))
-
 ADAPTER = ("--base", "--adapter", "--force", "--quantize")
 LORA = ("--rank", "--targets", "--scheme", "--block-size", "--double-quant")
 DATA = ("--base", "--task", "--data", "--count", "--sequence-length", "--out")
@@ -166,8 +171,9 @@ GOALS = ("--objective", "--beta", "--group-size", "--teacher", "--adapter")
 TOKENS = ("--max-new-tokens", "--temperature", "--top-k", "--top-p")
 SHAPE = ("--model", "--base", "--method", "--batch-size", "--sequence-length", "--counted-tokens", "--objective")
 WAYS = ("--dtype", "--autocast", "--gradient-checkpointing", "--accumulation-steps")
+SERVER = ("--host", "--port", "--batch-size", "--max-queue", "--max-new-tokens")
 # By verb, its options; all have --seed and --device.
-OPTIONS_OF: dict[str, tuple[str, ...]] = {
+VERBS = {
     "compare": (*TRAINING, "--methods", "--seeds", "--tune"),
     "finetune": (*TRAINING, *ONE_RUN, *GOALS),
     "pretrain": ("--out", "--steps", "--resume"),
@@ -175,11 +181,14 @@ OPTIONS_OF: dict[str, tuple[str, ...]] = {
     "memory": (*SHAPE, *LORA, *WAYS, "--devices", "--shard"),
     "merge": (*ADAPTER, "--dtype", "--out", "--overwrite"),
     "evaluate": (*ADAPTER, "--dtype", "--task", "--count"),
+    "serve": ("--base", "--adapters", "--force", "--quantize", "--dtype", *SERVER),
     "bench": ("--rounds", "--base", "--small", "--out", "--show"),
     "get": ("name",),
     "convert": ("file", "--out", "--overwrite"),
     "claims": ("action", "claim", "--scale", "--seeds"),
 }
+# Each pair excludes the other.
+EXCLUSIVE = (("--task", "--data"), ("--model", "--base"), ("--learning-rate", "--tune"))
 
 
 def device_of(options) -> str:

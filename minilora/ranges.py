@@ -81,6 +81,8 @@ NEW_TOKENS = whole(1, 2**20)
 TEMPERATURE = Range(0)
 TOP_K = whole(1, 2**20)
 TOP_P = Range(0, 1, above=True)
+# A server
+PORT = whole(0, 2**16 - 1)
 # Measurements
 ROUNDS = whole(1, 1000)
 SECONDS = Range(0, 3600, above=True)  # of computing

@@ -1,0 +1,1 @@
+"""One base and its adapters behind HTTP, in the words of OpenAI's interface."""
