@@ -44,6 +44,15 @@ def adapters(tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def few(adapters, tmp_path_factory):
+    """Three of them, for servers that are quickly there."""
+    folder = tmp_path_factory.mktemp("few")
+    for number in range(1, 4):
+        shutil.copytree(adapters / f"skill-{number}", folder / f"skill-{number}")
+    return folder
+
+
+@pytest.fixture(scope="module")
 def alone(chatty, adapters):
     bank = open_bank(a_base(chatty.vocab_size), "tiny", adapters)
     return lambda prompt, adapter=None, new=8, **how: text_alone(bank, chatty, prompt, adapter, new, **how)
@@ -160,7 +169,7 @@ def test_a_stop_string_ends_the_answer_before_it(client, alone, chatty):
     assert ended["choices"][0]["finish_reason"] == "stop" and ended["usage"]["completion_tokens"] == 0
 
 
-@pytest.mark.parametrize("stops", [["END"], ["N", "xyz"], ["\n\n"], ["ENDE", "ND"], []])
+@pytest.mark.parametrize("stops", [["END"], ["N", "xyz"], ["\n\n"], ["ENDE", "ND"], ["D!"], []])
 def test_held_back_is_what_may_begin_a_stop_string_and_nothing_else(chatty, stops):
     whole = "xENxE\nNE ENDEN\n\nD"
     text, out = StoppedText(chatty, stops), []
@@ -280,6 +289,16 @@ def test_a_body_without_a_length_is_measured_as_it_comes(client):
     connection.close()
 
 
+def test_a_length_beyond_the_limit_is_refused_before_anything_is_read(client):
+    connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=10)
+    connection.putrequest("POST", COMPLETIONS)
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", "20001")
+    connection.endheaders()  # and no body
+    assert connection.getresponse().status == 413
+    connection.close()
+
+
 def test_a_body_that_does_not_come_is_not_waited_for(chatty):
     with running(chatty, patience=0.1) as (client, _):
         connection = client.raw(COMPLETIONS, {})
@@ -331,29 +350,33 @@ def test_adapters_are_loaded_and_unloaded_while_it_runs(chatty, adapters, tmp_pa
         assert client.post(COMPLETIONS, dict(model="one", prompt="Once", **GREEDY))[0] == 200
 
 
-def test_an_adapter_in_use_is_409_and_free_when_its_client_is_gone(chatty, adapters):
-    with running(chatty, adapters, batch_size=1, max_new_tokens=LIMIT) as (client, service):
+def test_an_adapter_in_use_is_409_and_free_when_its_client_is_gone(chatty, few):
+    with running(chatty, few, batch_size=1, max_new_tokens=LIMIT) as (client, service):
         hold(service)
         connection = client.raw(COMPLETIONS, dict(model="skill-1", prompt=[5], max_tokens=100, stream=True))
         until(lambda: service.engine.batch.rows)
+        (row,) = service.engine.batch.rows
         refused(client.post(UNLOAD, dict(lora_name="skill-1")), 409, "in use", param="lora_name", code="adapter_in_use")
         connection.close()
         until(lambda: not service.engine.batch.rows)
+        assert len(row.tokens) < 100, "the row ran on to its end"
         assert client.post(UNLOAD, dict(lora_name="skill-1"))[0] == 200
 
 
 # Clients that go away, a queue that is full, an end in order
 
 
-def hold(service, seconds: float = 0.02):
-    """Makes each pass of the model take a while."""
-    forward = service.bank.model.model.forward
+def hold(service, gate: threading.Event | None = None) -> list:
+    """Makes each pass of the model take a while, or wait for the gate; the passes that were begun."""
+    forward, begun = service.bank.model.model.forward, []
 
     def slow(ids, cache=None):
-        time.sleep(seconds)
+        begun.append(len(ids))
+        time.sleep(0.02) if gate is None else gate.wait(timeout=30)
         return forward(ids, cache)
 
     service.bank.model.model.forward = slow
+    return begun
 
 
 def until(holds, seconds: float = 20):
@@ -364,30 +387,35 @@ def until(holds, seconds: float = 20):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_row_and_its_place_in_the_queue(chatty, adapters, alone, stream):
-    with running(chatty, adapters, batch_size=1, max_new_tokens=LIMIT) as (client, service):
+def test_a_client_that_goes_away_frees_its_row_and_its_place_in_the_queue(chatty, few, alone, stream):
+    with running(chatty, few, batch_size=1, max_new_tokens=LIMIT) as (client, service):
         hold(service)
-        engine, body = service.engine, dict(model="skill-1", prompt=[5], max_tokens=150, stream=stream)
-        body |= dict(temperature=0, stop_token_ids=[])
-        first, second = (client.raw(COMPLETIONS, body) for _ in range(2))
-        until(lambda: engine.batch.rows and engine.waiting)
+        engine, body = service.engine, dict(model="skill-1", prompt=[5], max_tokens=150, stream=stream, temperature=0)
+        first = client.raw(COMPLETIONS, body)
+        until(lambda: engine.batch.rows)
+        second = client.raw(COMPLETIONS, body)
+        until(lambda: engine.waiting)
         if stream:
             assert b"200 OK" in first.recv(100)
+        (row,) = engine.batch.rows
         second.close()
         until(lambda: not engine.waiting)
+        assert engine.batch.rows == [row], "the first had its answer before the second's place was free"
         first.close()
         until(lambda: not engine.batch.rows)
+        assert len(row.tokens) < 150, "the row ran on to its end"
         text = client.post(COMPLETIONS, dict(model="skill-2", prompt="Once", **GREEDY))[1]["choices"][0]["text"]
         assert text == alone("Once", "skill-2")[0]
 
 
-def test_a_full_queue_is_429_and_the_shutting_down_503(chatty, adapters):
-    with running(chatty, adapters, batch_size=1, max_queue=1, max_new_tokens=LIMIT) as (client, service):
-        hold(service)
-        engine, body = service.engine, dict(model="skill-1", prompt=[5], max_tokens=100, temperature=0)
+def test_a_full_queue_is_429_and_the_shutting_down_503(chatty, few):
+    with running(chatty, few, batch_size=1, max_queue=1, max_new_tokens=LIMIT) as (client, service):
+        gate = threading.Event()
+        begun = hold(service, gate)
+        engine, body = service.engine, dict(model="skill-1", prompt=[5], max_tokens=5, temperature=0)
         with ThreadPoolExecutor(2) as pool:
             answers = [pool.submit(client.post, COMPLETIONS, body)]
-            until(lambda: engine.batch.rows)
+            until(lambda: begun)
             answers.append(pool.submit(client.post, COMPLETIONS, body))
             until(lambda: engine.waiting)
             status, error = client.post(COMPLETIONS, body)
@@ -396,6 +424,7 @@ def test_a_full_queue_is_429_and_the_shutting_down_503(chatty, adapters):
             engine.refuse()
             refused(client.post(COMPLETIONS, body), 503, "shutting down", code="shutting_down")
             refused(client.post(UNLOAD, dict(lora_name="skill-3")), 503, "shutting down", code="shutting_down")
+            gate.set()
             refused(answers[1].result(), 503, "shutting down", code="shutting_down")  # it waited
             assert client.send("GET", "/health")[1] == {"status": "closing"}
             assert answers[0].result()[0] == 200, "what runs goes on to its end"
