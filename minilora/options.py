@@ -136,8 +136,8 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
         "--task": dict(help="its questions instead of those of the world"),
     },
     "serve": {
-        "--batch-size": dict(default=16, help="requests that run together"),
-        "--max-new-tokens": dict(default=512, help="of one answer, at most"),
+        "--batch-size": number(ranges.BATCH_SIZE, "requests that run together", default=16),
+        "--max-new-tokens": number(ranges.NEW_TOKENS, "of one answer, at most", default=512),
     },
     "claims": {"--seeds": number(ranges.PAIRS, "how many seeds of each arm (as planned)", default=None)},
     "bench": {
