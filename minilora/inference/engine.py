@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ Event = int | End  # a token, or the end
 class Job(Row):
     """A request with the one who waits for it: `send` gets every event, on the engine's thread, and must not block."""
 
-    send: Callable[[Event], Any] = print
+    send: Callable[[Event], Any] = field(kw_only=True)
     cancelled: bool = False
 
 
