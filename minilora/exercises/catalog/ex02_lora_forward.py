@@ -14,7 +14,7 @@ EXERCISE = Exercise(
     difficulty=1,
     minutes=20,
     notebook="01_lora_from_scratch",
-    section="2. The layer",
+    section="1. The layer",
     explanation="""\
 A linear layer computes y = W x + b. LoRA leaves W (out, in) and b alone and adds a second path beside them, which
 squeezes x through a narrow waist of r numbers and widens it again:

@@ -18,7 +18,7 @@ EXERCISE = Exercise(
     difficulty=2,
     minutes=35,
     notebook="01_lora_from_scratch",
-    section="3. Why B starts at zero, and not A",
+    section="4. Why B starts at zero, and not A",
     explanation="""\
 With g = dL/dy, the gradient of B is s·g (A x)ᵀ and that of A is s·Bᵀ g xᵀ. LoRA (Hu et al. 2021) starts with B zero, so
 the layer starts as its base, and A random, so B learns at once. With both zero, nothing ever would.

@@ -22,7 +22,7 @@ EXERCISE = Exercise(
     difficulty=2,
     minutes=35,
     notebook="01_lora_from_scratch",
-    section="4. Training with the hand-made layer",
+    section="2. Into a model",
     explanation="""\
 A model is not rewritten for LoRA: some of its linear layers are replaced by a `LoRALinear` around them. Which ones,
 `target_modules` says, by PEFT's rules.

@@ -13,7 +13,7 @@ EXERCISE = Exercise(
     difficulty=1,
     minutes=10,
     notebook="04_variants",
-    section="3. rsLoRA over the rank",
+    section="2. The code of each",
     explanation="""\
 The update s·BA is a sum of r terms, one for each row of A and column of B: s·(b₁ a₁ᵀ + ... + b_r a_rᵀ). LoRA takes
 s = alpha / r, which is alpha times the mean of the terms. But terms that point in independent directions partly cancel,

@@ -17,7 +17,7 @@ EXERCISE = Exercise(
     difficulty=1,
     minutes=20,
     notebook="04_variants",
-    section="4. LoRA+: how much faster should B be?",
+    section="2. The code of each",
     explanation="""\
 A (r, in) takes a wide input down to r numbers, B (out, r) starts at zero and takes r numbers up. With Adam, each number
 moves by about the learning rate, whatever its gradient. In a wide layer a step that suits A is then too small for B, by

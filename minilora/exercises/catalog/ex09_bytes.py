@@ -24,7 +24,7 @@ EXERCISE = Exercise(
     difficulty=2,
     minutes=40,
     notebook="02_full_vs_lora",
-    section="5. Where the bytes go, at toy size",
+    section="2. Memory",
     explanation="""\
 Three of the four kinds of memory in training follow from shapes alone: weights, gradients, optimizer state.
 

@@ -14,7 +14,7 @@ EXERCISE = Exercise(
     difficulty=2,
     minutes=30,
     notebook="01_lora_from_scratch",
-    section="1. A real ΔW",
+    section="7. A real ΔW",
     explanation="""\
 Every matrix is a sum of rank-1 pieces, its singular value decomposition: W = U S Vᵀ = Σ σ_i u_i v_iᵀ, σ_1 ≥ σ_2 ≥ …
 Its energy is ‖W‖² = Σ σ_i². Keep the first r pieces: no matrix of rank r is nearer to W, and what is missing has the

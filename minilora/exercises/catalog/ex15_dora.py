@@ -18,7 +18,7 @@ EXERCISE = Exercise(
     difficulty=3,
     minutes=50,
     notebook="04_variants",
-    section="2. Length and direction: DoRA's own figure",
+    section="2. The code of each",
     explanation="""\
 DoRA (Liu et al. 2024) takes each row of the weight apart: a length, m, and a direction. A and B turn the rows, and how
 long a row is m alone decides:

@@ -18,7 +18,7 @@ EXERCISE = Exercise(
     difficulty=2,
     minutes=40,
     notebook="04_variants",
-    section="6. Soft prompt or prefix, for the same number of parameters?",
+    section="4. Three promises, tried",
     explanation="""\
 Attention looks at the keys and values of the tokens before it, and does not ask where they come from. Prefix tuning
 (Li & Liang 2021) puts n of each, trained, in front of the text's own, in every layer. The model stays frozen. The one

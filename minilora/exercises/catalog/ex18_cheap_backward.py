@@ -22,7 +22,7 @@ EXERCISE = Exercise(
     difficulty=3,
     minutes=75,
     notebook="02_full_vs_lora",
-    section="7. Why LoRA's step is not nearly free",
+    section="3. Speed",
     explanation="""\
 A `torch.autograd.Function` has two halves. `forward(ctx, ...)` computes y and notes on ctx what will be needed later.
 `backward(ctx, g)` gets g = dL/dy and returns one gradient for each argument behind ctx, in their order; None
