@@ -101,8 +101,8 @@ def test_exercise_is_complete(exercise):
     ]
     headings = {line.lstrip("# ") for kind, line in cells if kind == "markdown" and line.startswith("#")}
     assert exercise.section in headings, f"{exercise.notebook} has no section {exercise.section!r}"
-    link = f"{exercise.number:02d} “{exercise.title}”"
-    assert any(link in line for _, line in cells), f"{exercise.notebook} does not lead to {link}"
+    link, own = f"{exercise.number:02d} “{exercise.title}”", f"### Exercise {exercise.number:02d}: {exercise.title}"
+    assert any(link in line or line == own for _, line in cells), f"{exercise.notebook} does not lead to {link}"
     assert len(set(exercise.hints)) == 3 and "?" in exercise.question and 50 <= len(exercise.answer.split()) <= 130
     assert 4 <= len(exercise.properties) <= 12
     books = [path.read_text(encoding="utf-8") for path in (ROOT / "notebooks").glob("*.ipynb")]

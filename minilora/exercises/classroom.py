@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from minilora.exercises.catalog import EXERCISES
+from minilora.exercises.notebook import cells
 from minilora.exercises.source import PACKAGE, blank, body_lines, is_released, path_of, read_module
 
 HANDED_OUT = ("README.md", "LICENSE", "requirements.txt", "pyproject.toml", ".gitignore", "data", "notebooks", "tests")
@@ -108,9 +109,16 @@ def without_spoilers(text: str) -> str:
 
 
 def purge_notebook(path: Path, lines: dict[str, int]) -> list[int]:
-    """Empties each code cell that gives a solution away: the numbers of those cells, from 1."""
+    """Empties each code cell that gives a solution away: the numbers of those cells, from 1. The cells of exercises
+    lose solution, answer and outputs, and count as well."""
     book, emptied = json.loads(path.read_text(encoding="utf-8")), []
     for number, cell in enumerate(book["cells"], 1):
+        if cell.get("id", "").startswith("exercise-"):
+            exercise, place = map(int, cell["id"].split("-")[1:])
+            cell["source"] = cells(exercise, solved=False)[place][1].splitlines(keepends=True)
+            cell |= {"outputs": [], "execution_count": None} if cell["cell_type"] == "code" else {}
+            emptied += [number] * (place == 3)
+            continue
         if cell["cell_type"] != "code" or (told := exercise_told("".join(cell["source"]), lines)) is None:
             continue
         cell["source"] = [f"# This cell is exercise {told:02d}.\n", f'raise NotImplementedError("exercise {told:02d}")']

@@ -27,13 +27,13 @@ from minilora.exercises.telling import tell
 Cell = tuple[str, str]  # "markdown" or "code", and the text
 
 
-def cells(number: int) -> list[Cell]:
-    """The cells of an exercise, as a notebook has them. A hand-out's have no solution and no answer."""
+def cells(number: int, solved: bool = True) -> list[Cell]:
+    """The cells of an exercise, as a notebook has them; solved: with the solution and an answer, as no hand-out's."""
     exercise = EXERCISES[number]
     about = f"{'★' * exercise.difficulty} about {exercise.minutes} minutes"
     task = f"### Exercise {number:02d}: {exercise.title}\n\n{about}. {exercise.explanation.strip()}"
     stubs = [bare(attempts.stub(exercise, module, names)) for module, names in exercise.modules.items()]
-    below = "\n\n".join(folded(exercise))
+    below = "\n\n".join(folded(exercise, solved and not is_released()))
     return [("markdown", task), ("code", "\n\n\n".join(stubs)), ("code", f"check({number})"), ("markdown", below)]
 
 
@@ -42,13 +42,13 @@ def bare(stub: str) -> str:
     return stub.partition('"""')[2].partition('"""')[2].strip()
 
 
-def folded(exercise: Exercise) -> list[str]:
+def folded(exercise: Exercise, solved: bool) -> list[str]:
     hints = "\n".join(f"{number}. {text}" for number, text in enumerate(exercise.hints, 1))
     parts = [("Hints", hints)]
-    if not is_released():
+    if solved:
         own = [definition(read_module(module), name) for module, names in exercise.modules.items() for name in names]
         parts.append(("The package's own code", "```python\n" + "\n\n".join(own) + "\n```"))
-    question = exercise.question if is_released() else f"{exercise.question}\n\n*One answer:* {exercise.answer}"
+    question = f"{exercise.question}\n\n*One answer:* {exercise.answer}" if solved else exercise.question
     parts.append(("A question to answer in words", question))
     return [f"<details><summary>{title}</summary>\n\n{text}\n\n</details>" for title, text in parts]
 

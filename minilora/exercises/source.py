@@ -98,9 +98,14 @@ def outline(text: str, names: list[str], told: set[str]) -> str:
             elif f"{name}.{member.name}" in names:
                 kept += ["", *lines[begin(member) : member.end_lineno]]
             elif member.name in told:
-                kept += ["", *lines[begin(member) : body_lines(text, f"{name}.{member.name}").start], "        ..."]
+                kept += ["", *head_of(lines[begin(member) : body_lines(text, f"{name}.{member.name}").start])]
         parts.append("\n".join(kept))
     return "\n\n\n".join(parts)
+
+
+def head_of(lines: list[str]) -> list[str]:
+    """A definition without its body: a docstring is body enough."""
+    return lines if lines[-1].endswith('"""') else [*lines[:-1], f"{lines[-1]} ..."]
 
 
 def begin(node: Definition) -> int:
