@@ -19,6 +19,7 @@ from minilora.exercises.catalog import EXERCISES
 from minilora.exercises.classroom import exercise_told, release, solution_lines
 from minilora.exercises.grading import grade, harmless
 from minilora.exercises.graft import package_sources
+from minilora.exercises.notebook import cells
 from minilora.exercises.source import read_module, solution
 from minilora.exercises.submissions import fits, read_submission
 
@@ -131,7 +132,7 @@ def test_handout_is_a_place_to_work_in(handout):
     assert "not written yet: exercise 04: find_targets" in done[2][1]
     assert f"{EXERCISES[RSLORA].name} is left out: SyntaxError" in done[1][1]
     assert "not in this hand-out" in done[3][1] and "is a hand-out itself" in done[4][1]
-    assert f"ada,{'1.0,' * len(EXERCISES)}{float(len(EXERCISES))},{len(EXERCISES)}" in done[5][1]
+    assert f"ada,graded,{'1.0,' * len(EXERCISES)}{float(len(EXERCISES))},{len(EXERCISES)},100.0" in done[5][1]
 
 
 def submission(folder: Path, **texts: str):
@@ -161,7 +162,7 @@ def test_a_class_is_graded_and_again_the_same(tmp_path):
     for name in ("first", "second"):
         out = tmp_path / name
         table = grade(tmp_path / "class", [FORWARD, RSLORA], 0, private, out, 20, progress=False)
-        assert table == (out / "grades.csv").read_text(encoding="utf-8")
+        assert table == (out / "grades.csv").read_text(encoding="utf-8-sig")
         texts.append((out / "grades.json").read_bytes())
     assert texts[0] == texts[1], "the same submissions got other grades"
     rows = {row["submission"]: row for row in csv.DictReader(table.splitlines())}
@@ -173,6 +174,41 @@ def test_a_class_is_graded_and_again_the_same(tmp_path):
     assert graded["ben"]["02"]["answer"] == "It depends."
     assert "not scaled" in str(graded["ben"]["02"]["faults"])
     assert list(graded["ada"]["07"]["faults"]) == ["an unfair one"]
+    assert [rows[name]["status"] for name in ("ada", "ben", "cem")] == ["graded", "graded", "not attempted"]
+    assert rows["ada"]["percent"] == f"{100 * float(rows['ada']['total']) / 11:.1f}"
+    check_reports(tmp_path / "second", rows)
+
+
+def check_reports(out: Path, rows: dict):
+    """properties.csv and Gradescope's files add up to the totals; the feedback says what is wrong and why."""
+    assert (out / "grades.csv").read_bytes().startswith(b"\xef\xbb\xbf"), "Excel needs the mark for its umlauts"
+    points: dict[str, float] = {}
+    with (out / "properties.csv").open(encoding="utf-8-sig", newline="") as file:
+        for row in csv.DictReader(file):
+            points[row["submission"]] = points.get(row["submission"], 0) + float(row["points"])
+    for place, name in enumerate(("ada", "ben", "cem"), 1):
+        assert points[name] == pytest.approx(float(rows[name]["total"]), abs=1e-2)
+        scored = json.loads((out / "gradescope" / f"{place:03d}-{name}.json").read_text(encoding="utf-8"))
+        assert sum(test["score"] for test in scored["tests"]) == pytest.approx(scored["score"], abs=1e-2)
+    words = (out / "feedback" / "002-ben.md").read_text(encoding="utf-8")
+    assert "WRONG" in words and "not scaled" in words and "- holds: " in words
+
+
+def test_the_exercise_cells_of_a_notebook_are_a_submission(tmp_path):
+    kind, stub = cells(RSLORA)[1]
+    solved = "def lora_scaling(r, lora_alpha, use_rslora=False):\n    return lora_alpha / (r**0.5 if use_rslora else r)"
+    other = cells(FORWARD)[1][1]  # which nobody has touched
+    for name, text in (("ada", solved), ("ben", stub)):
+        book = {"cells": [{"id": f"exercise-{number:02d}-1", "cell_type": kind, "source": [source]}
+                          for number, source in ((RSLORA, text), (FORWARD, other))]}  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "04_variants.ipynb").write_text(json.dumps(book), encoding="utf-8")
+    found = read_submission(tmp_path / "ada")
+    (file,) = EXERCISES[RSLORA].files.values()
+    assert found.files == {file: solved.encode()} and f"{file} from the cells of 04_variants.ipynb" in found.notes
+    assert read_submission(tmp_path / "ben").files == {}
+    (tmp_path / "ada" / "04_variants.ipynb").write_text('{"cells": [7, {"id": [1]}]}', encoding="utf-8")
+    assert read_submission(tmp_path / "ada").files == {}
 
 
 @pytest.mark.parametrize(
@@ -219,7 +255,7 @@ def test_one_submission_never_costs_the_others_their_grades(tmp_path):
     half = half.encode("utf-8", "backslashreplace").decode()
     people = ["'=cmd()", "ada", "empty", "old.tar", "strange", "torn.zip", "zip.zip", half]
     table = grade(tmp_path / "class", [RSLORA], 0, None, tmp_path / "out", 20, progress=False)
-    assert (tmp_path / "out/grades.csv").read_text(encoding="utf-8") == table
+    assert (tmp_path / "out/grades.csv").read_text(encoding="utf-8-sig") == table
     rows = {row["submission"]: row for row in csv.DictReader(table.splitlines())}
     assert list(rows) == people
     points = {person: row["total"] for person, row in rows.items()}
@@ -253,7 +289,7 @@ def test_a_grading_that_fails_or_is_ended_keeps_the_other_rows(tmp_path, monkeyp
     monkeypatch.setattr(grading, "ThreadPoolExecutor", lambda max_workers: ThreadPoolExecutor(1))
     with pytest.raises(KeyboardInterrupt):
         grade(tmp_path / "class", [RSLORA], 0, None, tmp_path / "out", 20, progress=False)
-    rows = list(csv.DictReader((tmp_path / "out/grades.csv").read_text(encoding="utf-8").splitlines()))
+    rows = list(csv.DictReader((tmp_path / "out/grades.csv").read_text(encoding="utf-8-sig").splitlines()))
     assert rows[0]["submission"] == "ada" and rows[0]["total"] == "1.0"
     assert json.loads((tmp_path / "out/grades.json").read_text(encoding="utf-8"))["left"] > 0
 

@@ -15,6 +15,7 @@ In a property, objects of torch's and of this package's classes can be given to 
 import csv
 import io
 import os
+import re
 import runpy
 import tempfile
 import time
@@ -38,7 +39,9 @@ def grade(
     folder: Path, numbers: list[int], seed: int, private: Path | None, out: Path, limit: float, progress: bool = True
 ) -> str:
     """Grades every submission, a folder or a zip each (`submissions.py`). Writes grades.csv and grades.json into `out`,
-    again and again on the way, and returns the first as text.
+    again and again on the way, and at the end properties.csv, with a row for each property, and for each student
+    feedback/NAME.md and gradescope/NAME.json; returns the first as text. Tables begin with a byte order mark, without
+    which Excel reads "Müller" wrong.
 
     An exercise gives its points times the share of its properties that hold. The same submissions give the same
     grades. Whatever is wrong with one submission stands in its row, and the others are graded. Raises FileNotFoundError
@@ -81,6 +84,7 @@ def grade(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    write_reports(out, [graded[path] for path in submissions])
     return text
 
 
@@ -123,16 +127,56 @@ def write_grades(out: Path, about: dict, graded: list[dict], numbers: list[int],
     write_json(out / "grades.json", {**about, "submissions": graded})
     text, names = io.StringIO(), [f"{number:02d}" for number in numbers]
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["submission", *names, "total", "of", "notes"])
+    table.writerow(["submission", "status", *names, "total", "of", "percent", "notes"])
     most = sum(points.get(number, 1) for number in numbers)
     for one in graded:
         parts = [one["exercises"].get(name, {"attempted": False}) for name in names]
         row = [part["points"] if part["attempted"] else "" for part in parts]
+        percent = round(100 * one["total"] / most, 1) if most else ""
         notes = " ".join("; ".join(one["notes"]).split())
-        table.writerow([harmless(one["submission"]), *row, one["total"], most, harmless(brief(notes, 500))])
+        name, notes = harmless(one["submission"]), harmless(brief(notes, 500))
+        table.writerow([name, status_of(one), *row, one["total"], most, percent, notes])
     with replacing(out / "grades.csv") as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8")
+        temporary.write_text(text.getvalue(), encoding="utf-8-sig")
     return text.getvalue()
+
+
+def status_of(one: dict) -> str:
+    if not one["exercises"]:
+        return "nothing found" if "no file" in " ".join(one["notes"]) else "not graded"
+    return "graded" if any(part["attempted"] for part in one["exercises"].values()) else "not attempted"
+
+
+def write_reports(out: Path, graded: list[dict]):
+    """Each property of each student: in one table, and for the student in words and as Gradescope reads it."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["submission", "exercise", "property", "points", "of"])
+    for folder in ("feedback", "gradescope"):
+        make_folder(out / folder)
+    for place, one in enumerate(graded, 1):
+        words, tests = [f"# {one['submission']}", *one["notes"]], []
+        for number, part in one["exercises"].items():
+            words.append(f"## Exercise {number}: {part['points']:g} of {part['worth']:g} points")
+            each = part["worth"] / max(1, len(part["statements"]))
+            for statement in part["statements"]:
+                fault = part["faults"].get(statement)
+                holds = part["attempted"] and statement not in part["faults"] and statement in part["held"]
+                said = fault["message"] + (f" Likely: {fault['slip']}" if fault.get("slip") else "") if fault else ""
+                words.append(f"- {'holds' if holds else 'WRONG' if fault else 'not run'}: {statement}. {said}".strip())
+                table.writerow([harmless(one["submission"]), number, statement, round(each * holds, 4), round(each, 4)])
+                test = {"name": f"{number}: {statement}", "score": round(each * holds, 4), "max_score": round(each, 4)}
+                status = "passed" if holds else "failed"
+                tests.append({**test, "status": status, "output": said, "visibility": "visible"})
+        name = f"{place:03d}-{re.sub(r'[^A-Za-z0-9 ._-]', '_', one['submission'])[:80]}"
+        with replacing(out / "feedback" / f"{name}.md") as temporary:
+            temporary.write_text("\n\n".join(words) + "\n", encoding="utf-8")
+        write_json(
+            out / "gradescope" / f"{name}.json",
+            {"score": one["total"], "output": "\n".join(one["notes"]), "tests": tests},
+        )
+    with replacing(out / "properties.csv") as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8-sig")
 
 
 def part(result: Result, points: float, work: Path) -> dict:
@@ -143,6 +187,9 @@ def part(result: Result, points: float, work: Path) -> dict:
     return {
         "attempted": result.attempted,
         "points": earned,
+        "worth": points,
+        "statements": result.statements,
+        "held": [statement for statement, fault in result.outcomes.items() if not fault],
         "passed": result.passed,
         "of": len(result.statements),
         "faults": faults,

@@ -1,12 +1,14 @@
 """What a student handed in, found and put in order: the files of the exercises under the names that they should have.
 
 A submission is a folder or a zip. Files may lie in it directly, in its `work`, in folders below, or in zips within; a
-name may differ in case, in its number or by the mark of a copy. What is taken under another name than the right one,
+name may differ in case, in its number or by the mark of a copy. A notebook's cells of exercises count where no file of
+the exercise is there. What is taken under another name than the right one,
 and what is not taken, is said in a note. Nothing is unpacked: of a zip only small files that could be an answer are
 read, by their place in it, so neither a path such as ../../x nor a zip that grows without end does harm.
 """
 
 import io
+import json
 import re
 import stat
 import zipfile
@@ -71,9 +73,30 @@ def read_submission(path: Path) -> Submission:
                 notes.append(f"{'/'.join(alike[0])} was taken for {name}")
             if others := [place for place in alike[1:] if found[place] != found[alike[0]]]:
                 notes.append(f"{name} from {'/'.join(alike[0])}, not from {told(others)}")
+    for place in [place for place in found if place[-1].lower().endswith(".ipynb")]:
+        solved = solved_in(found[place])
+        if taken := sorted(solved.keys() - submission.files.keys()):
+            submission.files |= {name: solved[name] for name in taken}
+            notes.append(f"{', '.join(taken)} from the cells of {'/'.join(place)}")
+        if solved:
+            unused.pop(place, None)
     if strangers := [place for place in unused if place[-1].lower().endswith((".py", ".ipynb"))]:
         notes.append(f"not taken, for the name is of no exercise: {told(strangers)}")
     return submission
+
+
+def solved_in(content: bytes) -> dict[str, bytes]:
+    """By the name that a file would have, the cells of a notebook in which exercises are written (`notebook.cells`)."""
+    try:
+        book = json.loads(content)
+        written = {cell["id"]: "".join(cell["source"]) for cell in book["cells"] if cell.get("cell_type") == "code"}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+    found: dict[str, bytes] = {}
+    for number, exercise in EXERCISES.items():
+        if (text := written.get(f"exercise-{number:02d}-1")) is not None and "NotImplementedError" not in text:
+            found |= dict.fromkeys(exercise.files.values(), text.encode("utf-8", "replace"))
+    return found
 
 
 def told(places: list[tuple[str, ...]]) -> str:
