@@ -150,15 +150,19 @@ class ShardedLinear4bit(Linear4bit):
         return {**super().tensors, "codes": self.packed.view(torch.uint8)}
 
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
+def shard(model: nn.Module, blocks: Iterable[nn.Module], device: str = "cpu") -> nn.Module:
     """Cuts all parameters among the processes, block by block and then the rest, but adapters on a frozen base.
 
-    Changes and returns the model; `unshard` is the way back. In one process nothing changes.
+    The model lies on the CPU, where there is room for it; only its pieces, and what stays whole, go to the device. So a
+    device never holds more than a block in whole. Changes and returns the model; `unshard` is the way back. In one
+    process nothing changes.
     """
     if world() == 1:
         return model
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    mesh = init_device_mesh(device, (world(),))
     for layer in quantized_layers(model).values():
         codes = layer.codes
         del layer.codes  # as a buffer
@@ -166,9 +170,11 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
         layer.packed = nn.Parameter(codes.view(torch.float8_e4m3fn), requires_grad=False)
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
     kept = trained if any(not parameter.requires_grad for parameter in model.parameters()) else set()
+    for parameter in kept:
+        parameter.data = parameter.data.to(device)
     for block in blocks:
-        fully_shard(block, ignored_params=kept)
-    fully_shard(model, ignored_params=kept)
+        fully_shard(block, mesh=mesh, ignored_params=kept)
+    fully_shard(model, mesh=mesh, ignored_params=kept)
     return model
 
 

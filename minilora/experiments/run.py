@@ -180,12 +180,14 @@ def run(
     """
     method, dataset, config = experiment.method, experiment.dataset, experiment.training
     torch.manual_seed(config.seed)  # of the random start of A
-    objective = objective_of(experiment)
+    objective, device = objective_of(experiment), experiment.base.device
+    if experiment.sharded:  # what is too large for a device begins on the CPU
+        experiment = replace(experiment, base=replace(experiment.base, device="cpu"))
     # For qlora the base is quantized while it is read, so that a base which only fits in 4 bits is never in floats.
     base = experiment.base.load(experiment.quantization if method == "qlora" else None)
     model = prepare(base if experiment.adapter is None else start_from(base, experiment.adapter), experiment)
     if experiment.sharded:
-        shard(model, model.model.layers)
+        shard(model, model.model.layers, device)
         config, state_path = replace(config, save_every=0), None  # a state in pieces could not be resumed
     longest, limit = dataset.train.input_ids.shape[-1], model.config.max_position_embeddings
     if longest > limit:
