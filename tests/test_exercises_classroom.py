@@ -16,7 +16,7 @@ import pytest
 from minilora.exercises import grading
 from minilora.exercises.attempts import stub
 from minilora.exercises.catalog import EXERCISES
-from minilora.exercises.classroom import exercise_told, release, solution_lines
+from minilora.exercises.classroom import exercise_told, release, solution_lines, without_spoilers
 from minilora.exercises.grading import grade, harmless
 from minilora.exercises.graft import package_sources
 from minilora.exercises.notebook import cells
@@ -211,6 +211,27 @@ def test_the_exercise_cells_of_a_notebook_are_a_submission(tmp_path):
     assert read_submission(tmp_path / "ada").files == {}
 
 
+def test_hints_that_were_taken_are_counted_and_can_be_withheld(tmp_path):
+    (tmp_path / "ada").mkdir()
+    for content, counted in (
+        ('{"7": {"hints": 2}, "2": {}}', {"07": 2}),
+        ('{"7": {"hints": -1}, "x": 3}', {}),
+        ("[", {}),
+    ):
+        (tmp_path / "ada" / "progress.json").write_text(content, encoding="utf-8")
+        assert read_submission(tmp_path / "ada").hints == counted, content
+    path = Path(grading.__file__).parent / "catalog" / "ex07_rslora.py"
+    for hints in (True, False):
+        text = without_spoilers(path.read_text(encoding="utf-8"), hints)
+        scope: dict = {}
+        exec(compile(text, "ex07", "exec"), scope)
+        blank, whole = scope["EXERCISE"], EXERCISES[RSLORA]
+        assert (blank.answer, blank.spoilers) == ("", ()) and whole.answer and whole.spoilers
+        assert blank.hints == (whole.hints if hints else ("", "", "")) and blank.question == whole.question
+        folded = cells(RSLORA, solved=False, hints=hints)[3][1]
+        assert ("Hints" in folded) is hints and "One answer" not in folded and "own code" not in folded
+
+
 @pytest.mark.parametrize(
     "text, fault",
     [
@@ -283,7 +304,7 @@ def test_a_grading_that_fails_or_is_ended_keeps_the_other_rows(tmp_path, monkeyp
             raise RuntimeError("no more processes")
         if path.name == "cem":
             raise KeyboardInterrupt
-        return {"submission": path.name, "total": 1.0, "notes": [], "exercises": {}}
+        return {"submission": path.name, "total": 1.0, "notes": [], "exercises": {}, "hints": {}}
 
     monkeypatch.setattr(grading, "grade_one", grade_one)
     monkeypatch.setattr(grading, "ThreadPoolExecutor", lambda max_workers: ThreadPoolExecutor(1))

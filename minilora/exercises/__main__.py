@@ -84,6 +84,9 @@ def check(options) -> int:
 def hint(options) -> int:
     """The next hint, one more each time; after the third, all of them again."""
     exercise = chosen(options)
+    if not any(exercise.hints):
+        print("this hand-out has no hints")
+        return 2
     given = attempts.read_progress(options.work).get(str(exercise.number), {}).get("hints", 0)
     if given >= len(exercise.hints):
         print("\n".join(f"{number}. {text}" for number, text in enumerate(exercise.hints, 1)))
@@ -149,7 +152,7 @@ def status(options) -> int:
 
 
 def release(options) -> int:
-    folder, purged = release_package(options.out)
+    folder, purged = release_package(options.out, options.hints)
     print(f"wrote {folder}: {len(EXERCISES)} exercises blank; taken out with them: {', '.join(purged)}")
     return 0
 
@@ -189,6 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb("status", status, "how far you are")
     added = verb("release", release, "for teachers: write the package with every exercise blank")
     added.add_argument("out", type=a_path, help="a new folder")
+    added.add_argument("--no-hints", action="store_false", dest="hints", help="withhold the hints")
     added = verb("grade", grade, "for teachers: grade a folder of submissions, into grades.csv and grades.json")
     added.add_argument("dir", type=a_path, help="it holds a folder or a zip for each submission")
     added.add_argument("--seed", **number(SEED, default=0))

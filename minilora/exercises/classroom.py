@@ -15,8 +15,10 @@ NOISE = ("__pycache__", ".ipynb_checkpoints", "*.egg-info", "*.pyc")
 TELLING = 16  # characters from which on a line says something
 
 
-def release(out: Path) -> tuple[Path, list[str]]:
+def release(out: Path, hints: bool = True) -> tuple[Path, list[str]]:
     """Writes the hand-out into a new folder: (the folder, what was taken out of tests and notebooks).
+
+    The teacher's copy is the package itself: its notebooks have solutions and answers, folded.
 
     Raises ValueError for a folder that is there already, for a package without its tests and notebooks, and in a
     hand-out.
@@ -47,10 +49,10 @@ def release(out: Path) -> tuple[Path, list[str]]:
         for module, text in blanked().items():
             (beside / path_of(module).relative_to(root)).write_text(text, encoding="utf-8")
         for path in (beside / PACKAGE.name / "exercises" / "catalog").glob("ex*.py"):
-            path.write_text(without_spoilers(path.read_text(encoding="utf-8")), encoding="utf-8")
+            path.write_text(without_spoilers(path.read_text(encoding="utf-8"), hints), encoding="utf-8")
         purged = []
         for path in sorted((beside / "notebooks").glob("*.ipynb")):
-            purged += [f"{path.name} cell {number}" for number in purge_notebook(path, lines)]
+            purged += [f"{path.name} cell {number}" for number in purge_notebook(path, lines, hints)]
         for path in sorted((beside / "tests").rglob("*.py")):
             purged += [f"{path.name} {name}" for name in purge_tests(path, lines)]
         beside.rename(out)
@@ -100,22 +102,23 @@ def exercise_told(text: str, lines: dict[str, int]) -> int | None:
     return None
 
 
-def without_spoilers(text: str) -> str:
-    """A catalog file with an empty tuple for `spoilers`."""
-    for keyword in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.keyword)):
-        if keyword.arg == "spoilers":
-            return text.replace(ast.get_source_segment(text, keyword.value) or "", "()", 1)
+def without_spoilers(text: str, hints: bool) -> str:
+    """A catalog file without its `spoilers` and its `answer`, and perhaps without its hints."""
+    empty = {"spoilers": "()", "answer": '""', **({} if hints else {"hints": '("", "", "")'})}
+    found = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.keyword) and node.arg in empty]
+    for said, keyword in [(ast.get_source_segment(text, keyword.value) or "", keyword.arg) for keyword in found]:
+        text = text.replace(said, empty[str(keyword)], 1)
     return text
 
 
-def purge_notebook(path: Path, lines: dict[str, int]) -> list[int]:
+def purge_notebook(path: Path, lines: dict[str, int], hints: bool = True) -> list[int]:
     """Empties each code cell that gives a solution away: the numbers of those cells, from 1. The cells of exercises
     lose solution, answer and outputs, and count as well."""
     book, emptied = json.loads(path.read_text(encoding="utf-8")), []
     for number, cell in enumerate(book["cells"], 1):
         if cell.get("id", "").startswith("exercise-"):
             exercise, place = map(int, cell["id"].split("-")[1:])
-            cell["source"] = cells(exercise, solved=False)[place][1].splitlines(keepends=True)
+            cell["source"] = cells(exercise, solved=False, hints=hints)[place][1].splitlines(keepends=True)
             cell |= {"outputs": [], "execution_count": None} if cell["cell_type"] == "code" else {}
             emptied += [number] * (place == 3)
             continue

@@ -20,6 +20,7 @@ import runpy
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -66,7 +67,7 @@ def grade(
             return grade_one(path, numbers, seeds, points, private, limit)
         except Exception as error:  # of one submission: the others must not suffer
             note = f"could not be graded: {type(error).__name__}: {error}"
-            return {"submission": path.name, "total": 0.0, "notes": [note], "exercises": {}}
+            return {"submission": path.name, "total": 0.0, "notes": [note], "exercises": {}, "hints": {}}
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     graded: dict[Path, dict] = {}
@@ -75,7 +76,8 @@ def grade(
         tasks = {pool.submit(judge, path): path for path in submissions}
         try:
             for task in tqdm(as_completed(tasks), "grading", len(tasks), disable=not progress):
-                graded[tasks[task]] = readable(task.result())
+                when = {"handed in": handed_in(tasks[task])}
+                graded[tasks[task]] = readable(task.result() | when)
                 begun = time.monotonic()
                 if begun >= next_write or len(graded) == len(submissions):
                     rows = [graded[path] for path in submissions if path in graded]
@@ -88,6 +90,14 @@ def grade(
     return text
 
 
+def handed_in(path: Path) -> str:
+    """When the newest of a submission's own files was written, in UTC; of a zip, when the zip was."""
+    newest = max((each.lstat().st_mtime for each in [path, *path.glob("*")] if not each.is_dir()), default=None)
+    if newest is None:
+        return ""
+    return datetime.fromtimestamp(newest, timezone.utc).isoformat(sep=" ", timespec="seconds")
+
+
 def grade_one(path: Path, numbers: list[int], seeds: list[int], points: dict, private: Path | None, limit) -> dict:
     """What grades.json says of one submission."""
     submission = read_submission(path)
@@ -98,7 +108,7 @@ def grade_one(path: Path, numbers: list[int], seeds: list[int], points: dict, pr
             (work / name).write_bytes(content)
         if not any(find_files(EXERCISES[number], work) for number in numbers):
             notes.insert(0, "no file of these exercises was found")
-            return {"submission": path.name, "total": 0.0, "notes": notes, "exercises": {}}
+            return {"submission": path.name, "total": 0.0, "notes": notes, "exercises": {}, "hints": submission.hints}
         results, _ = run(work, numbers, seeds, private, limit)
         parts = {f"{number:02d}": part(results[number], points.get(number, 1), work) for number in numbers}
     for number, one in parts.items():
@@ -106,7 +116,7 @@ def grade_one(path: Path, numbers: list[int], seeds: list[int], points: dict, pr
             statement, fault = next(iter(one["faults"].items()), ("", {"message": "nothing was checked"}))
             notes.append(f"{number}: {brief(': '.join(filter(None, (statement, fault['message']))))}")
     total = round(sum(one["points"] for one in parts.values()), 4)
-    return {"submission": path.name, "total": total, "notes": notes, "exercises": parts}
+    return {"submission": path.name, "total": total, "notes": notes, "exercises": parts, "hints": submission.hints}
 
 
 def readable(value):
@@ -127,7 +137,7 @@ def write_grades(out: Path, about: dict, graded: list[dict], numbers: list[int],
     write_json(out / "grades.json", {**about, "submissions": graded})
     text, names = io.StringIO(), [f"{number:02d}" for number in numbers]
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["submission", "status", *names, "total", "of", "percent", "notes"])
+    table.writerow(["submission", "status", *names, "total", "of", "percent", "hints", "handed in", "notes"])
     most = sum(points.get(number, 1) for number in numbers)
     for one in graded:
         parts = [one["exercises"].get(name, {"attempted": False}) for name in names]
@@ -135,7 +145,8 @@ def write_grades(out: Path, about: dict, graded: list[dict], numbers: list[int],
         percent = round(100 * one["total"] / most, 1) if most else ""
         notes = " ".join("; ".join(one["notes"]).split())
         name, notes = harmless(one["submission"]), harmless(brief(notes, 500))
-        table.writerow([name, status_of(one), *row, one["total"], most, percent, notes])
+        hints = sum(one["hints"].get(name, 0) for name in names)
+        table.writerow([name, status_of(one), *row, one["total"], most, percent, hints, one["handed in"], notes])
     with replacing(out / "grades.csv") as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8-sig")
     return text.getvalue()

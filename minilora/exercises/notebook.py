@@ -27,13 +27,13 @@ from minilora.exercises.telling import tell
 Cell = tuple[str, str]  # "markdown" or "code", and the text
 
 
-def cells(number: int, solved: bool = True) -> list[Cell]:
+def cells(number: int, solved: bool = True, hints: bool = True) -> list[Cell]:
     """The cells of an exercise, as a notebook has them; solved: with the solution and an answer, as no hand-out's."""
     exercise = EXERCISES[number]
     about = f"{'★' * exercise.difficulty} about {exercise.minutes} minutes"
     task = f"### Exercise {number:02d}: {exercise.title}\n\n{about}. {exercise.explanation.strip()}"
     stubs = [bare(attempts.stub(exercise, module, names)) for module, names in exercise.modules.items()]
-    below = "\n\n".join(folded(exercise, solved and not is_released()))
+    below = "\n\n".join(folded(exercise, solved and not is_released(), hints))
     return [("markdown", task), ("code", "\n\n\n".join(stubs)), ("code", f"check({number})"), ("markdown", below)]
 
 
@@ -42,9 +42,9 @@ def bare(stub: str) -> str:
     return stub.partition('"""')[2].partition('"""')[2].strip()
 
 
-def folded(exercise: Exercise, solved: bool) -> list[str]:
-    hints = "\n".join(f"{number}. {text}" for number, text in enumerate(exercise.hints, 1))
-    parts = [("Hints", hints)]
+def folded(exercise: Exercise, solved: bool, hints: bool) -> list[str]:
+    said = "\n".join(f"{number}. {text}" for number, text in enumerate(exercise.hints, 1))
+    parts = [("Hints", said)] if hints else []
     if solved:
         own = [definition(read_module(module), name) for module, names in exercise.modules.items() for name in names]
         parts.append(("The package's own code", "```python\n" + "\n\n".join(own) + "\n```"))

@@ -24,6 +24,7 @@ ENTRIES = 5000  # files of a submission that are looked at
 DEPTH = 6  # folders below one another
 TOLD = 4  # names in one note
 IGNORED = ("__MACOSX", "__pycache__")
+PROGRESS = "progress.json"  # what the student's own checks have noted, the hints among it
 ARCHIVES = (".tar", ".gz", ".tgz", ".bz2", ".xz", ".rar", ".7z")
 DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, NotImplementedError, EOFError, ValueError)
 
@@ -34,6 +35,7 @@ class Submission:
 
     files: dict[str, bytes] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    hints: dict[str, int] = field(default_factory=dict)  # by number of an exercise, how many were taken
 
 
 def find_submissions(folder: Path) -> list[Path]:
@@ -73,6 +75,8 @@ def read_submission(path: Path) -> Submission:
                 notes.append(f"{'/'.join(alike[0])} was taken for {name}")
             if others := [place for place in alike[1:] if found[place] != found[alike[0]]]:
                 notes.append(f"{name} from {'/'.join(alike[0])}, not from {told(others)}")
+    for place in [place for place in found if place[-1] == PROGRESS]:
+        submission.hints |= hints_in(found[place])
     for place in [place for place in found if place[-1].lower().endswith(".ipynb")]:
         solved = solved_in(found[place])
         if taken := sorted(solved.keys() - submission.files.keys()):
@@ -97,6 +101,15 @@ def solved_in(content: bytes) -> dict[str, bytes]:
         if (text := written.get(f"exercise-{number:02d}-1")) is not None and "NotImplementedError" not in text:
             found |= dict.fromkeys(exercise.files.values(), text.encode("utf-8", "replace"))
     return found
+
+
+def hints_in(content: bytes) -> dict[str, int]:
+    try:
+        noted = json.loads(content)
+        taken = {f"{int(number):02d}": known.get("hints", 0) for number, known in noted.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+    return {number: count for number, count in taken.items() if type(count) is int and 0 < count <= 3}
 
 
 def told(places: list[tuple[str, ...]]) -> str:
@@ -165,7 +178,7 @@ def walk(folder: Path, notes: list[str]) -> Iterator[tuple[tuple[str, ...], byte
 
 
 def wanted(name: str) -> bool:
-    return name.lower().removesuffix(".txt").endswith((".py", ".md", ".ipynb"))
+    return name == PROGRESS or name.lower().removesuffix(".txt").endswith((".py", ".md", ".ipynb"))
 
 
 def limited(path: Path, here: tuple[str, ...], notes: list[str]) -> bytes | None:
