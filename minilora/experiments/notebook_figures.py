@@ -111,7 +111,7 @@ def lines(
         axes.set_xscale("log")
         places = sorted({x for values, _ in curves.values() for x in values})
         if len(places) < 10:
-            axes.set_xticks(places, [f"{x:.3g}" for x in places])
+            axes.set_xticks(places, [f"{x:.4g}" for x in places])
             axes.set_xticks([], minor=True)
         else:
             axes.xaxis.set_major_formatter("{x:g}")
