@@ -102,7 +102,7 @@ CLAIMS = [
         ),
         BOTH,
         "exact answers break first: where 38 % of the scores are left, so is 87 % of the gain in loss; and the rate is "
-        "high: with a weight for each the worse of two keeps 26 %, trained at 0.3 of the rate 15 %, and the two together "
+        "high: with a weight for each the worse of two keeps 26 %, trained at 0.3 of the rate 15 %, and both together "
         "41 and 51 instead of 38",
     ),
     Claim(
