@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Mapping
+from functools import partial
 
 from minilora.experiments.claims.claim import interval
 from minilora.experiments.claims.study import Draw
@@ -99,24 +100,25 @@ def task_bars(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figure:
     return figure
 
 
+@redrawable
+def pairs_over(statistic: str, title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figure:
+    """Of each pair, the statistic and what the plain sum leaves of the gain in loss."""
+    figure, (axes,) = new_figure(5.4, 3.4)
+    records = list(runs["apart"].values())
+    for pair in gains_left(records[0], "sum"):
+        x = mean(record["likeness"][pair][statistic] for record in records)
+        y = 100 * mean(gains_left(record, "sum")[pair] for record in records)
+        axes.plot([x], [y], "o", color=BLUE, markersize=5)
+        short = "+".join(name[:3] for name in pair.split(" + "))
+        axes.annotate(short, (x, y), (4, 2), textcoords="offset points", fontsize="x-small")
+    found = [predicts(record, statistic) for record in records]
+    low, middle, high = interval(found) if len(found) > 1 else (found * 3)
+    axes.set(xlabel=STATISTICS[statistic], ylabel="of the gain in loss, left by the sum (%)")
+    axes.margins(x=0.12)
+    rho = f"rank correlation with what is lost {middle:.2f} ({low:.2f} to {high:.2f})"
+    axes.set_title(f"{textwrap.fill(title, 70)}\n{rho}", fontsize="small")
+    return figure
+
+
 def pair_plot(statistic: str) -> Draw:
-    """A function that draws, of each pair, the statistic and what the plain sum leaves of the gain in loss."""
-
-    def draw(title: str, runs: Mapping[str, Mapping[int, Mapping]]) -> Figure:
-        figure, (axes,) = new_figure(5.4, 3.4)
-        records = list(runs["apart"].values())
-        for pair in gains_left(records[0], "sum"):
-            x = mean(record["likeness"][pair][statistic] for record in records)
-            y = 100 * mean(gains_left(record, "sum")[pair] for record in records)
-            axes.plot([x], [y], "o", color=BLUE, markersize=5)
-            short = "+".join(name[:3] for name in pair.split(" + "))
-            axes.annotate(short, (x, y), (4, 2), textcoords="offset points", fontsize="x-small")
-        found = [predicts(record, statistic) for record in records]
-        low, middle, high = interval(found) if len(found) > 1 else (found * 3)
-        axes.set(xlabel=STATISTICS[statistic], ylabel="of the gain in loss, left by the sum (%)")
-        axes.margins(x=0.12)
-        rho = f"rank correlation with what is lost {middle:.2f} ({low:.2f} to {high:.2f})"
-        axes.set_title(f"{textwrap.fill(title, 70)}\n{rho}", fontsize="small")
-        return figure
-
-    return draw
+    return partial(pairs_over, statistic)
