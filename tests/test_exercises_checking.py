@@ -5,10 +5,11 @@ import threading
 import pytest
 import torch
 
-from minilora.exercises.__main__ import tell
+from minilora.exercises.catalog import EXERCISES
 from minilora.exercises.checking import Wrong, difference, expect, run_property
 from minilora.exercises.processes import can_fork
 from minilora.exercises.runner import Result
+from minilora.exercises.telling import tell
 
 
 @pytest.mark.parametrize(
@@ -58,8 +59,9 @@ def test_the_first_fault_is_told_in_full_and_each_further_one_in_a_line(capsys):
         "d": {"message": "long " * 99},
         "e": {},
     }
-    tell(Result(2, [*outcomes, "f"], True, outcomes))
-    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    tell(EXERCISES[2], Result(2, [*outcomes, "f"], True, outcomes), seed=3, printed="")
+    head, *lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert head == "Exercise 02: The LoRA forward pass (seed 3)"
     assert lines[:5] == ["ok       a", "WRONG    b", "y: expected 1, got 2", "on x = 3", "likely: not halved"]
     assert lines[5:8] == ["WRONG    c", "the same as above", "WRONG    d"] and lines[8].startswith("long long")
     assert len(lines) == 11 and len(lines[8]) < 110 and lines[10] == "not run  f"
