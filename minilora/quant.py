@@ -172,12 +172,13 @@ def dequantize_blocks(
     """Registered as one operation, so that fake tensors and the MemoryMeter see a single call, as of a kernel."""
     # (256,): the two float32 levels of each byte, moved as one number of 8 bytes
     pairs = level_pairs(scheme, codes.device).view(torch.int64).view(-1)
-    codes = F.pad(codes, (0, len(absmax) * block_size // 2 - len(codes)))  # fills the last block up
+    if missing := len(absmax) * block_size // 2 - len(codes):
+        codes = F.pad(codes, (0, missing))  # fills the last block up
     weight = torch.empty(len(absmax), block_size, dtype=dtype, device=codes.device)  # (N, block_size)
     chunk = chunk_on(codes.device)
     pieces = codes.split(chunk // 2), absmax.split(chunk // block_size), weight.split(chunk // block_size)
     for some_codes, some_scales, target in zip(*pieces, strict=True):
-        values = pairs.take(some_codes.long()).view(torch.float32).view(-1, block_size)
+        values = pairs.index_select(0, some_codes.int()).view(torch.float32).view(-1, block_size)
         torch.mul(values, some_scales[:, None], out=target)
     return weight.view(-1)[: math.prod(shape)].view(shape)
 
