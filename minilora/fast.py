@@ -85,12 +85,24 @@ class LowRankTerm(Function):
         gx = gA = None
         if ctx.needs_input_grad[1]:
             gx = (h.T @ A.to(g.dtype)).view(*g.shape[:-1], A.shape[1])
-            gx = gx if mask is None else gx * mask
+            gx = gx if mask is None else gx.mul_(mask)
         if ctx.needs_input_grad[2]:
             dropped = (x if mask is None else x * mask).reshape(-1, x.shape[-1]).to(g.dtype)  # (N, in)
             gA = (h @ dropped).to(A.dtype)  # (r, N) (N, in)
         gB = ctx.scaling * (Ax @ rows).T  # ((r, N) (N, out))ᵀ
         return g, gx, gA, gB.to(B.dtype), None, None
+
+
+def dropout_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
+    """True where an element is kept, in x's shape, and the probability of that: 1 - p to 16 bits.
+
+    An element is dropped where 16 random bits, read as a number, are below p·2¹⁶; one draw of 64 bits serves four. On a
+    CPU, whose generator draws one number after the other, `bernoulli_` takes five times as long: one draw an element.
+    """
+    n, threshold = x.numel(), min(round(p * 2**16), 2**16 - 1)
+    draws = torch.empty(-(-n // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    bits = draws.view(torch.int16)[:n].view(x.shape)  # from -2¹⁵ to 2¹⁵ - 1
+    return bits >= threshold - 2**15, 1 - threshold / 2**16
 
 
 class FastLoRALinear(LoRALinear):
@@ -103,11 +115,8 @@ class FastLoRALinear(LoRALinear):
         dropping = self.training and self.lora_dropout > 0
         if not dropping and self.forming_pays(x):
             return FormedWeight.apply(x, self.base_layer.weight, self.base_layer.bias, A, B, self.scaling)
-        scaling, mask = self.scaling, None
-        if dropping:
-            keep = 1 - self.lora_dropout
-            scaling, mask = scaling / keep, torch.empty_like(x, dtype=torch.bool).bernoulli_(keep)
-        return LowRankTerm.apply(self.base_layer(x), x, A, B, scaling, mask)
+        mask, kept = dropout_mask(x, self.lora_dropout) if dropping else (None, 1.0)
+        return LowRankTerm.apply(self.base_layer(x), x, A, B, self.scaling / kept, mask)
 
     def forming_pays(self, x: Tensor) -> bool:
         """True where W + s·BA costs less than B(A x), and is exact, and W is frozen, and A is not (x is kept anyway).

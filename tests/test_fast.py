@@ -4,6 +4,7 @@ The plain class is the reference here; `test_lora.py` holds it to the formula.
 """
 
 import copy
+import math
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from minilora.fast import FastLoRALinear, FormedWeight, LowRankTerm
+from minilora.fast import FastLoRALinear, FormedWeight, LowRankTerm, dropout_mask
 from minilora.linear4bit import Linear4bit
 from minilora.lora import LoRALinear
 from minilora.quant import quantize
@@ -166,7 +167,10 @@ def test_output_and_all_gradients_are_the_plain_layer_s(case, leading, dropout, 
     x = torch.randn(*leading, fast.in_features, dtype=dtype)
 
     def dropout_as_the_fast_layer_draws_it(x, p, training):
-        return x * torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p) / (1 - p) if training and p else x
+        if not training or p == 0:
+            return x
+        mask, kept = dropout_mask(x, p)
+        return x * mask / kept
 
     monkeypatch.setattr(F, "dropout", dropout_as_the_fast_layer_draws_it)
     results = []
@@ -287,10 +291,37 @@ def test_dropout_drops_that_share_of_the_input_while_training_only():
         y = layer(torch.ones(4000, 50, dtype=torch.float64))[:, 0]
         kept = y[y != 0]
         assert abs(len(kept) / 4000 - 0.7) < 0.03, f"{len(kept) / 4000:.3f} of the input was kept; 0.7 should be"
-        off = (kept - layer.scaling / 0.7).abs().max().item()
-        assert off < 1e-12, f"what is kept is divided by 0.7; it is off by {off:.1e}"
+        off = (kept * 0.7 / layer.scaling - 1).abs().max().item()
+        assert off < 2**-16, f"what is kept is divided by 0.7 to 16 bits; the quotient is off by {off:.1e}"
         y = layer.eval()(torch.ones(60, 50, dtype=torch.float64))
         assert (y - layer.scaling).abs().max() < 1e-12, "in eval mode something was dropped"
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-6, 0.05, 0.3, 0.5, 0.9, 1 - 1e-6])
+def test_a_mask_drops_that_share_to_16_bits(p):
+    """Within four standard deviations of a binomial count; what it says is kept differs from 1 - p by half a step."""
+    torch.manual_seed(0)
+    x = torch.empty(250, 1001)
+    mask, kept = dropout_mask(x, p)
+    assert mask.shape == x.shape and mask.dtype == torch.bool
+    assert kept > 0 and abs(kept - (1 - p)) <= 2**-16, f"kept with probability {kept}, 1 - p is {1 - p}"
+    found, off = mask.float().mean().item(), 4 * math.sqrt(kept * (1 - kept) / x.numel()) + 1e-9
+    assert abs(found - kept) <= off, f"{found:.5f} are kept, {kept:.5f} said, {off:.5f} allowed"
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (5, 3), (2, 0), (2, 3, 4)], ids=str)
+def test_a_mask_is_of_any_shape(shape):
+    assert dropout_mask(torch.empty(shape), 0.5)[0].shape == shape
+
+
+def test_elements_are_dropped_independently_of_their_neighbours():
+    """Four elements share a draw of 64 bits, so each of the four is held against the three that follow it."""
+    torch.manual_seed(0)
+    dropped = ~dropout_mask(torch.empty(4, 200_000), 0.3)[0].view(-1, 4)
+    dropped = dropped.double() - 0.3
+    together = (dropped.T @ dropped / len(dropped)).fill_diagonal_(0).abs().max().item()
+    allowed = 4 * 0.3 * 0.7 / math.sqrt(len(dropped))
+    assert together < allowed, f"two places of one draw are dropped together: covariance {together:.1e} > {allowed:.1e}"
 
 
 # What is kept, and what is computed

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from minilora.fast import FastLoRALinear, LowRankTerm
+from minilora.fast import FastLoRALinear, LowRankTerm, dropout_mask
 from minilora.linear4bit import Linear4bit
 from minilora.quant import dequantize
 
@@ -89,10 +89,9 @@ class DoRALinear(FastLoRALinear):
         g = (m / norm).to(y.dtype)
         if not dropping:
             return g * (LowRankTerm.apply(y, x, A, B, s, None) - bias) + bias
-        keep = 1 - self.lora_dropout
-        mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(keep)
-        dropped = base(x * mask / keep) - bias  # W x_d
-        return y - dropped + g * LowRankTerm.apply(dropped, x, A, B, s / keep, mask)
+        mask, kept = dropout_mask(x, self.lora_dropout)
+        dropped = base(x * mask / kept) - bias  # W x_d
+        return y - dropped + g * LowRankTerm.apply(dropped, x, A, B, s / kept, mask)
 
     def delta_weight(self) -> Tensor:
         """ΔW = g ⊙ (W + s·BA) - W, (out, in), in float32 at least."""

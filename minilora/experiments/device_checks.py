@@ -23,7 +23,7 @@ from minilora.adapters.inject import adapter_parameters, apply_lora, lora_layers
 from minilora.adapters.prompts import PrefixTuning, SoftPrompt
 from minilora.config import LoRAConfig
 from minilora.experiments.simulate import build
-from minilora.fast import FastLoRALinear
+from minilora.fast import FastLoRALinear, dropout_mask
 from minilora.inference.bank import AdapterBank
 from minilora.inference.generate import left_pad
 from minilora.levels import LEVELS, unpack_codes
@@ -99,12 +99,11 @@ def layer_of(place: Place, dtype: torch.dtype, many=False, dropout=0.0, dora=Fal
     torch.manual_seed(1)
     y = layer(x)
     torch.manual_seed(1)  # the same draws again
-    keep = 1 - dropout
-    mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(keep) if dropout else torch.ones_like(x, dtype=torch.bool)
+    mask, kept = dropout_mask(x, dropout)
 
     leaves = {name: wide(tensor) for name, tensor in trained.items()}
     X, A, B = leaves["x"], leaves["lora_A"], leaves["lora_B"]
-    W, update, dropped = W.double(), layer.scaling * B @ A, X * mask / keep
+    W, update, dropped = W.double(), layer.scaling * B @ A, X * mask / kept
     right = X @ W.T + bias + dropped @ update.T  # W x + b + s·BA x_d
     if dora:
         g = leaves["lora_magnitude_vector"] / (W + update).norm(dim=1).detach()
