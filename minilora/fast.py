@@ -14,7 +14,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from minilora.dtypes import autocast_dtype
+from minilora.linear4bit import Linear4bit
 from minilora.lora import LoRALinear
+from minilora.quant import QuantizedTensor, dequantize
 
 
 class FormedWeight(Function):
@@ -39,21 +41,32 @@ class FormedWeight(Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-        ctx.save_for_backward(x, W, A, B)
+    def forward(
+        ctx, x: Tensor, W: Tensor | QuantizedTensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+    ) -> Tensor:
+        floats, ctx.quantized = (None, W) if isinstance(W, QuantizedTensor) else (W, None)
+        ctx.save_for_backward(x, floats, A, B)
         ctx.scaling = scaling
-        return F.linear(x, torch.addmm(W, B, A, alpha=scaling), bias)  # addmm: W + s·B A, (out, in)
+        return F.linear(x, formed_weight(W, A, B, scaling), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor):
-        x, W, A, B = ctx.saved_tensors
-        gx = g @ torch.addmm(W, B, A, alpha=ctx.scaling) if ctx.needs_input_grad[0] else None  # (..., in)
+        x, floats, A, B = ctx.saved_tensors
+        W = ctx.quantized if floats is None else floats
+        gx = g @ formed_weight(W, A, B, ctx.scaling) if ctx.needs_input_grad[0] else None  # (..., in)
         x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])  # (N, in), (N, out)
         # Thin matrices lie down, (r, N) and (r, out): as columns, (N, r), the same products take 2 to 5 times as long.
         gA = (ctx.scaling * B.T @ g.T) @ x  # (r, N) (N, in)
         gB = ((ctx.scaling * A @ x.T) @ g).T  # ((r, N) (N, out))ᵀ
         return gx, None, None, gA, gB, None
+
+
+def formed_weight(W: Tensor | QuantizedTensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """W + s·BA, (out, in), a new tensor: so are the floats of a W in 4 bits, and the update is added in place."""
+    if isinstance(W, QuantizedTensor):
+        return dequantize(W, A.dtype).addmm_(B, A, alpha=scaling)
+    return torch.addmm(W, B, A, alpha=scaling)
 
 
 class LowRankTerm(Function):
@@ -114,9 +127,14 @@ class FastLoRALinear(LoRALinear):
         A, B = self.factors()
         dropping = self.training and self.lora_dropout > 0
         if not dropping and self.forming_pays(x):
-            return FormedWeight.apply(x, self.base_layer.weight, self.base_layer.bias, A, B, self.scaling)
+            return FormedWeight.apply(x, self.weight_to_form, self.base_layer.bias, A, B, self.scaling)
         mask, kept = dropout_mask(x, self.lora_dropout) if dropping else (None, 1.0)
         return LowRankTerm.apply(self.base_layer(x), x, A, B, self.scaling / kept, mask)
+
+    @property
+    def weight_to_form(self) -> Tensor | QuantizedTensor:
+        """W, as `formed_weight` takes it."""
+        return self.base_layer.quantized if isinstance(self.base_layer, Linear4bit) else self.base_layer.weight
 
     def forming_pays(self, x: Tensor) -> bool:
         """True where W + s·BA costs less than B(A x), and is exact, and W is frozen, and A is not (x is kept anyway).
@@ -130,7 +148,7 @@ class FastLoRALinear(LoRALinear):
             return False  # asked first, because it is cheap and settles the matter where one token is decoded
         base, A = self.base_layer, self.lora_A
         frozen = not any(parameter.requires_grad for parameter in base.parameters())
-        if type(base) is not nn.Linear or not frozen or not A.requires_grad:
+        if type(base) not in (nn.Linear, Linear4bit) or not frozen or not A.requires_grad:
             return False
-        exact = x.dtype == base.weight.dtype == A.dtype and x.dtype.itemsize >= 4
-        return exact and autocast_dtype(x.device) is None
+        dtype = x.dtype if isinstance(base, Linear4bit) else base.weight.dtype  # 4 bits have none of their own
+        return x.dtype == dtype == A.dtype and dtype.itemsize >= 4 and autocast_dtype(x.device) is None

@@ -16,9 +16,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from minilora.fast import FastLoRALinear, LowRankTerm, dropout_mask
+from minilora.fast import FastLoRALinear, LowRankTerm, dropout_mask, formed_weight
 from minilora.linear4bit import Linear4bit
-from minilora.quant import dequantize
+from minilora.quant import QuantizedTensor, dequantize
 
 
 class FormedDirection(Function):
@@ -29,19 +29,20 @@ class FormedDirection(Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, m: Tensor, norm: Tensor, s):
+    def forward(ctx, x: Tensor, W: Tensor | QuantizedTensor, bias, A: Tensor, B: Tensor, m: Tensor, norm: Tensor, s):
         g = (m / norm)[:, None]  # (out, 1)
-        y = F.linear(x, torch.addmm(W, B, A, alpha=s).mul_(g), bias)
-        ctx.save_for_backward(x, W, bias, A, B, m, g, y)
+        y = F.linear(x, formed_weight(W, A, B, s).mul_(g), bias)
+        floats, ctx.quantized = (None, W) if isinstance(W, QuantizedTensor) else (W, None)
+        ctx.save_for_backward(x, floats, bias, A, B, m, g, y)
         ctx.scaling = s
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gy: Tensor):
-        x, W, bias, A, B, m, g, y = ctx.saved_tensors
-        s = ctx.scaling
-        gx = gy @ torch.addmm(W, B, A, alpha=s).mul_(g) if ctx.needs_input_grad[0] else None
+        x, floats, bias, A, B, m, g, y = ctx.saved_tensors
+        s, W = ctx.scaling, ctx.quantized if floats is None else floats
+        gx = gy @ formed_weight(W, A, B, s).mul_(g) if ctx.needs_input_grad[0] else None
         x, rows, y = x.reshape(-1, x.shape[-1]), gy.reshape(-1, gy.shape[-1]), y.reshape(-1, y.shape[-1])  # (N, ...)
         gB = g * s * ((A @ x.T) @ rows).T  # ((r, N) (N, out))ᵀ
         gA = (s * (g * B).T @ rows.T) @ x  # (r, N) (N, in)
@@ -84,7 +85,7 @@ class DoRALinear(FastLoRALinear):
         norm = self.norms()
         dropping = self.training and self.lora_dropout > 0
         if not dropping and self.forming_pays(x):
-            return FormedDirection.apply(x, base.weight, base.bias, A, B, m, norm, s)
+            return FormedDirection.apply(x, self.weight_to_form, base.bias, A, B, m, norm, s)
         y, bias = base(x), base.bias if base.bias is not None else 0
         g = (m / norm).to(y.dtype)
         if not dropping:
