@@ -17,6 +17,7 @@ from minilora.adapters.prompts import PrefixTuning, SoftPrompt
 from minilora.experiments import bench_device, device_checks, device_report, timing
 from minilora.experiments.bench_device import SECTIONS, run_device, small_settings
 from minilora.experiments.device_checks import CHECKS, LIMITS, Place, check_paths, largest_deviation
+from minilora.inference import prepared
 from minilora.lora import LoRALinear
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +56,10 @@ def worse(place: int):
     return change
 
 
+def twice(parts):
+    return tuple(None if part is None else 2 * part for part in parts)
+
+
 BREAKS = {  # by path: where, what, and what it becomes
     "LoRA, many tokens": (fast, "FormedWeight", worse(5)),
     "LoRA, few tokens": (fast, "LowRankTerm", worse(4)),
@@ -71,6 +76,7 @@ BREAKS = {  # by path: where, what, and what it becomes
     "training step, checkpointed": (device_checks, "forward", scaled),
     "merged": (LoRALinear, "delta_weight", scaled),
     "cached decoding": (model, "rotary_cos_sin", lambda real: lambda c, p: real(c, p + 3 * (p.shape[1] == 1))),
+    "cached decoding, prepared": (prepared, "adapter_of", lambda real: lambda layer: twice(real(layer))),
     "left-padded prompts": (device_checks, "left_pad", lambda real: lambda *a: (real(*a)[0], None)),
     "adapter bank": (Adapter, "scaling", lambda real: scaled(real, 1.5)),
     "soft prompt": (SoftPrompt, "embeddings", lambda real: scaled(real, -1)),

@@ -32,6 +32,7 @@ from minilora.experiments.simulate import build
 from minilora.experiments.timing import Actions, Timing, ratios_in_turn, thread_count
 from minilora.inference.bank import AdapterBank
 from minilora.inference.generate import generate
+from minilora.inference.prepared import Prepared
 from minilora.linear4bit import quantize_model
 from minilora.model import GPT, GPTConfig, KVCache
 from minilora.quant import dequantize, quantize
@@ -193,14 +194,15 @@ def quantization(settings: BenchSettings) -> list[BenchRow]:
 
 
 def one_token(model: nn.Module, ids: Tensor) -> Callable[[], None]:
-    """A function that computes one token more for each row of ids (B, T), always the same one. Call it without
-    gradients."""
-    cache = KVCache()
+    """A function that computes one token more for each row of ids (B, T), always the same one, as `generate` does. Call
+    it without gradients."""
+    cache, prepared = KVCache(), Prepared(model)
     model(ids, cache)
     before = dict(cache.layers)
 
     def decode():
-        model(ids[:, :1], cache)
+        with prepared:
+            model(ids[:, :1], cache)
         cache.layers = dict(before)
 
     return decode

@@ -10,6 +10,7 @@ Letters in the shape comments: N tokens, in and out features, r rank; B rows, T 
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,6 +27,7 @@ from minilora.experiments.simulate import build
 from minilora.fast import FastLoRALinear, dropout_mask
 from minilora.inference.bank import AdapterBank
 from minilora.inference.generate import left_pad
+from minilora.inference.prepared import Prepared
 from minilora.levels import LEVELS, unpack_codes
 from minilora.linear4bit import Linear4bit
 from minilora.lora import LoRALinear
@@ -187,10 +189,11 @@ def merged(place: Place, dtype: torch.dtype) -> Pairs:
 
 
 @torch.no_grad()
-def cached(place: Place, dtype: torch.dtype) -> Pairs:
+def cached(place: Place, dtype: torch.dtype, prepare: Callable = lambda model: nullcontext()) -> Pairs:
     """A prompt, then token by token, against all tokens at once."""
     model, ids, cache = place.adapted(dtype), place.ids(2, 32), KVCache()
-    pieces = [model(ids[:, :20], cache)] + [model(ids[:, place : place + 1], cache) for place in range(20, 32)]
+    with prepare(model):
+        pieces = [model(ids[:, :20], cache)] + [model(ids[:, place : place + 1], cache) for place in range(20, 32)]
     return {"logits": (torch.cat(pieces, dim=1), plain(model)(ids))}
 
 
@@ -255,6 +258,7 @@ CHECKS: dict[str, Callable[[Place, torch.dtype], Pairs]] = {
     "training step, checkpointed": training_step,
     "merged": merged,
     "cached decoding": cached,
+    "cached decoding, prepared": partial(cached, prepare=Prepared),
     "left-padded prompts": padded,
     "adapter bank": banked,
     "soft prompt": partial(prompted, kind=SoftPrompt),

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from minilora.adapters.prompts import Prompt
+from minilora.inference.prepared import Prepared
 from minilora.model import GPT, KVCache
 from minilora.ranges import NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, TORCH_SEED
 
@@ -105,10 +106,11 @@ def _new_tokens(
     model.eval()
     try:
         new_cache = model.new_cache if isinstance(model, Prompt) else new_cache
-        cache = KVCache(padding) if new_cache is None else new_cache(len(prompts), padding)
+        cache, prepared = KVCache(padding) if new_cache is None else new_cache(len(prompts), padding), Prepared(model)
         for _ in range(max_new_tokens):
-            hidden = model.model(ids, cache)  # (B, T, C)
-            logits = model.lm_head(hidden[:, -1])  # (B, V): only the last position predicts something new
+            with prepared:
+                hidden = model.model(ids, cache)  # (B, T, C)
+                logits = model.lm_head(hidden[:, -1])  # (B, V): only the last position predicts something new
             tokens = choose_tokens(logits[:, :vocab_size], temperature, top_k, top_p, generators).tolist()
             for row in sorted(running):  # a finished row stays in the batch, and its tokens are dropped
                 if tokens[row] in ends:

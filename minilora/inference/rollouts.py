@@ -19,6 +19,7 @@ from torch import Tensor
 from minilora.adapters.prompts import Prompt
 from minilora.dtypes import computing_in
 from minilora.inference.generate import end_ids, left_pad
+from minilora.inference.prepared import Prepared
 from minilora.model import KVCache
 from minilora.objectives import group_advantages
 from minilora.ranges import GROUP_SIZE, NEW_TOKENS, POSITIVE
@@ -48,11 +49,12 @@ def sample(
     dice, training = torch.Generator().manual_seed(seed), model.training
     ids, padding = left_pad(prompts, model.model.embed_tokens.weight.device)  # (B, T) both
     cache = model.new_cache(len(prompts), padding) if isinstance(model, Prompt) else KVCache(padding)
+    prepared = Prepared(model)
     drawn: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
     model.eval()
     for _ in range(max_new_tokens):
-        with computing_in(precision, ids.device.type):  # as in the loss
+        with computing_in(precision, ids.device.type), prepared:  # in the precision of the loss
             logits = model.lm_head(model.model(ids, cache)[:, -1])[:, :vocab_size]  # (B, V)
         if not logits.isfinite().all():
             raise NonFiniteError("the logits to draw from are not finite: try a lower learning rate")

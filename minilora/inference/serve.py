@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from minilora.inference.bank import AdapterBank
 from minilora.inference.generate import BROKEN_LOGITS, check_prompts, choose_tokens, end_ids, left_pad, row_generators
+from minilora.inference.prepared import Prepared
 from minilora.model import KVCache
 
 
@@ -121,6 +122,7 @@ class RunningBatch:
         self.rows: list[Row] = []
         self.cache = KVCache()
         self.selected: list[str | None] | None = None
+        self.prepared = Prepared(bank.model)
 
     def step(self, waiting: deque[Row]) -> list[Row]:
         """One token more for each row, and the first one for those that come in from the front of `waiting`; returns
@@ -156,7 +158,9 @@ class RunningBatch:
         if names != self.selected:  # as long as the rows stay, the A and B that were gathered for them serve
             self.bank.select(names)
             self.selected = names
-        logits = self.bank.model.lm_head(self.bank.model.model(ids, cache)[:, -1])[:, : self.vocab_size]  # (B, V)
+        with self.prepared:
+            hidden = self.bank.model.model(ids, cache)  # (B, T, C)
+            logits = self.bank.model.lm_head(hidden[:, -1])[:, : self.vocab_size]  # (B, V)
         for row, finite in zip(rows, logits.isfinite().all(1).tolist(), strict=True):
             row.broken = not finite
         for how in dict.fromkeys(row.how for row in rows if not row.broken):

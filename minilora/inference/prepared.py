@@ -1,0 +1,185 @@
+"""What generation makes once, before the first token, because otherwise every token would make it anew.
+
+A token reads every weight and computes next to nothing with it. So it waits for memory, and where a layer is small for
+Python and for the start of each operation. Three things are spared, and the function stays the same up to rounding:
+
+- Layers that read one x share what they make of it. The A's of q, k and v lie in one matrix, so that one thin product
+  serves three layers, and those of gate and up in another:
+
+      [h_q; h_k; h_v] = [A_q; A_k; A_v] x        y_q = W_q x + s·B_q h_q, and so on
+
+- DoRA's norms ‖W + s·BA‖ do not change while text is generated. They, too, are computed once.
+- On a CPU the x of few tokens lies down, (in, N): W xᵀ instead of x Wᵀ. The product is the same, but the library of
+  matrix products shares W's rows among its threads, where standing it takes two to three times as long (MKL, measured).
+  A single token lies beside itself: the product with one column is another routine, which has one thread.
+
+While a forward pass runs, `Prepared` puts these forms in place of the layers' own `forward`. A layer that it does not
+know stays as it is, as does every layer on a pass of many tokens, such as the prompt's.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minilora.adapters.dora import DoRALinear
+from minilora.dtypes import autocast_dtype
+from minilora.fast import FastLoRALinear
+from minilora.inference.bank_layers import BankedLinear
+from minilora.linear4bit import Linear4bit
+from minilora.lora import LoRALinear
+from minilora.quant import dequantize
+
+LYING = 8  # tokens: the x of up to so many lies down
+MANY = 64  # tokens: with more a layer computes as it always does
+READ_ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # in model.Attention and model.MLP
+ADAPTED = (LoRALinear, FastLoRALinear, DoRALinear)
+
+
+class SharedInput:
+    """The x of layers that read one, as the first of them prepares it for all.
+
+    factors: of each of these layers A (r, in), None where it has no adapter.
+    """
+
+    x: Tensor | None  # what the others were made of
+    rows: Tensor  # x standing, (N, in)
+    columns: Tensor | None  # x lying down, (in, N), or (in, 2) of a single token; None where it stands
+    h: Sequence[Tensor]  # of each layer A x, (r, N)
+
+    def __init__(self, factors: Sequence[Tensor | None]):
+        self.ranks = [0 if A is None else len(A) for A in factors]
+        self.A = torch.cat([A for A in factors if A is not None]) if any(self.ranks) else None  # (R, in)
+        self.forget()
+
+    def read(self, x: Tensor):
+        """x (..., in)."""
+        self.x, self.rows = x, x.reshape(-1, x.shape[-1]).contiguous()  # (N, in)
+        if len(self.rows) <= LYING and x.dtype == torch.float32 and x.device.type == "cpu":
+            self.columns = (torch.cat([self.rows, self.rows]) if len(self.rows) == 1 else self.rows).T
+        else:
+            self.columns = None
+        if self.A is not None:
+            self.h = (self.A @ self.rows.T).split(self.ranks)
+
+    def forget(self):
+        self.x, self.rows, self.columns, self.h = None, torch.empty(0, 0), None, ()
+
+
+class PreparedLinear:
+    """One layer's forward pass: y = g ⊙ (W x) + s·B h + bias, with h = A x from the shared input.
+
+    layer: a LoRA layer of one of the kinds ADAPTED, an nn.Linear or a Linear4bit. place: which of the layers that share
+    the input. B (out, r), None for no adapter; g (out, 1), None for no DoRA, whose g is in B as well.
+    """
+
+    def __init__(self, layer: nn.Module, shared: SharedInput, place: int, B: Tensor | None, g: Tensor | None):
+        self.plain, self.shared, self.place, self.B, self.g = layer.forward, shared, place, B, g
+        self.base: Any = getattr(layer, "base_layer", layer)
+        self.scaling: Any = getattr(layer, "scaling", 1.0)
+        self.dtype = dtype_of(self.base)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not 0 < x.numel() <= MANY * x.shape[-1] or x.dtype != self.dtype:
+            return self.plain(x)
+        base, shared = self.base, self.shared
+        if x is not shared.x:
+            shared.read(x)
+        W = base.weight if type(base) is nn.Linear else dequantize(base.quantized, x.dtype)
+        if shared.columns is None:
+            y = F.linear(shared.rows, W).T  # (out, N), as every y that follows
+        else:
+            y = (W @ shared.columns)[:, : len(shared.rows)]
+        if self.g is not None:
+            y.mul_(self.g)
+        if self.B is not None:
+            y.addmm_(self.B, shared.h[self.place], alpha=self.scaling)
+        if base.bias is not None:
+            y.add_(base.bias.to(x.dtype)[:, None])
+        return y.T.view(*x.shape[:-1], -1)
+
+
+class Prepared:
+    """`with prepared:` around each forward pass of a model that generates, in eval mode and without gradients.
+
+    Where an adapter was changed, switched on or off or merged since the pass before, all is prepared anew.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model, self.device = model, next(model.parameters()).device
+        self.prepare()
+
+    @torch.no_grad()
+    def prepare(self):
+        self.adapted = [module for module in self.model.modules() if type(module) in ADAPTED]
+        self.state = self.state_now()
+        self.forwards: dict[nn.Module, PreparedLinear] = {}
+        self.inputs: list[SharedInput] = []
+        for parent in self.model.modules():
+            if not isinstance(parent, (LoRALinear, BankedLinear)):  # the base layer is no layer of the model by itself
+                children = {name: base_of_banked(child) for name, child in parent.named_children()}
+                known = {name: child for name, child in children.items() if can_be_prepared(child)}
+                for group in READ_ONE_INPUT:
+                    self.prepare_together([known.pop(name) for name in group if name in known])
+                for layer in known.values():
+                    self.prepare_together([layer])
+
+    def prepare_together(self, layers: list[nn.Module]):
+        """Layers that read one x."""
+        adapters = [adapter_of(layer) for layer in layers]
+        shared = SharedInput([A for A, _, _ in adapters])
+        for place, (layer, (_, B, g)) in enumerate(zip(layers, adapters, strict=True)):
+            self.forwards[layer] = PreparedLinear(layer, shared, place, B, g)
+        self.inputs.append(shared)
+
+    def state_now(self) -> list:
+        """Of the adapted layers, what their prepared forms depend on; a tensor counts its changes in `_version`."""
+        state: list = []
+        for layer in self.adapted:
+            state += layer.enabled, layer._buffers["original_weight"] is None
+            for factor in layer._parameters.values():
+                state += id(factor), factor._version
+        return state
+
+    def __enter__(self):
+        if self.state_now() != self.state:
+            self.prepare()
+        if autocast_dtype(self.device) is None:
+            for layer, forward in self.forwards.items():
+                vars(layer)["forward"] = forward
+
+    def __exit__(self, *error):
+        for layer in self.forwards:
+            vars(layer).pop("forward", None)
+        for shared in self.inputs:
+            shared.forget()
+
+
+def base_of_banked(layer: nn.Module) -> nn.Module:
+    """A bank's layer adds to each row what is the row's own; its base layer is one like others."""
+    return layer.base_layer if isinstance(layer, BankedLinear) else layer
+
+
+def can_be_prepared(layer: Any) -> bool:
+    """Whether its function is known here, and nobody listens to its base layer or has replaced a forward."""
+    base = layer.base_layer if type(layer) in ADAPTED else layer
+    if type(base) not in (nn.Linear, Linear4bit) or (base is not layer and layer.merged and not layer.enabled):
+        return False
+    return not (base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base) or "forward" in vars(layer))
+
+
+def adapter_of(layer: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """A (r, in), B (out, r) and DoRA's g (out, 1) as they act, in the dtype that the layer computes in."""
+    if type(layer) not in ADAPTED or layer.merged or not layer.enabled:
+        return None, None, None
+    dtype, (A, B), g = dtype_of(layer.base_layer), layer.factors(), None
+    if isinstance(layer, DoRALinear):
+        g = (layer.lora_magnitude_vector / layer.norms())[:, None]
+        B, g = g * B, g.to(dtype)
+    return A.to(dtype), B.to(dtype), g
+
+
+def dtype_of(base: Any) -> torch.dtype:
+    return base.dtype if isinstance(base, Linear4bit) else base.weight.dtype

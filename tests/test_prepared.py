@@ -1,0 +1,234 @@
+"""What generation prepares: the function of the layers as they are, of whatever kind, and whenever they change."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minilora.adapters.adapter import extract_adapter
+from minilora.adapters.dora import DoRALinear
+from minilora.adapters.inject import adapter_parameters, apply_lora, lora_layers, merge_lora, unmerge_lora
+from minilora.config import LoRAConfig
+from minilora.inference.bank import AdapterBank
+from minilora.inference.generate import stream
+from minilora.inference.prepared import LYING, MANY, Prepared
+from minilora.linear4bit import quantize_model
+from minilora.model import GPT, GPTConfig
+from minilora.quant import Quantization
+
+BARS = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 4e-2}  # of the largest logit
+FIRST = "model.layers.0.self_attn.v_proj"
+
+
+def make(dtype=torch.float32, in_4_bits=False, bias=False, plain=False, start=False, **lora) -> GPT:
+    """With random weights and biases, and a random adapter on all linears unless it is to be plain."""
+    torch.manual_seed(0)
+    shape = dict(vocab_size=24, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
+    shape |= dict(num_key_value_heads=2, max_position_embeddings=2 * MANY, attention_bias=bias, mlp_bias=bias)
+    model = GPT(GPTConfig(**shape)).to(dtype)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    if in_4_bits:
+        quantize_model(model, Quantization(block_size=16))
+    if not plain:
+        settings = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", **lora}
+        apply_lora(model, LoRAConfig(**settings, init_lora_weights="pissa" if start else True))
+        for parameter in adapter_parameters(model):
+            nn.init.normal_(parameter, std=0.3)
+    return model.requires_grad_(False).eval()
+
+
+def ids_of(rows: int, tokens: int) -> Tensor:
+    return torch.randint(24, (rows, tokens), generator=torch.Generator().manual_seed(rows + tokens))
+
+
+@torch.no_grad()
+def assert_same(model: GPT, prepared: Prepared, ids: Tensor, what: str):
+    """The logits of one pass with the prepared forms are those without."""
+    expected = model(ids)
+    with prepared:
+        found = model(ids)
+    off, size = (found - expected).abs().max().item(), expected.abs().max().item()
+    allowed = BARS[expected.dtype] * size
+    assert found.dtype == expected.dtype, f"{what}: logits of {found.dtype}, expected {expected.dtype}"
+    assert off <= allowed, f"{what}: logits off by {off:.1e} of {size:.1e}, where {allowed:.1e} is allowed"
+
+
+KINDS = {
+    "plain": dict(plain=True),
+    "LoRA": {},
+    "LoRA on q and up alone": dict(target_modules=["q_proj", "up_proj"]),
+    "ranks that differ": dict(rank_pattern={"k_proj": 1, "gate_proj": 7}),
+    "rsLoRA with biases": dict(use_rslora=True, bias_of_base=True),
+    "PiSSA": dict(start=True),
+    "DoRA": dict(use_dora=True),
+    "DoRA with biases": dict(use_dora=True, bias_of_base=True),
+    "QLoRA": dict(in_4_bits=True),
+    "4 bits, plain": dict(in_4_bits=True, plain=True),
+    "DoRA in 4 bits with biases": dict(in_4_bits=True, use_dora=True, bias_of_base=True),
+}
+
+
+@pytest.mark.parametrize("dtype", BARS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_logits_are_those_of_the_layers_themselves(kind, dtype):
+    settings = dict(KINDS[kind])
+    model = make(dtype, bias=settings.pop("bias_of_base", False), **settings)
+    prepared = Prepared(model)
+    for rows, tokens in ((1, 1), (2, 1), (1, 3), (LYING // 2, 2), (LYING + 1, 1), (1, MANY), (1, MANY + 1), (4, 40)):
+        assert_same(model, prepared, ids_of(rows, tokens), f"{kind}, {rows} x {tokens} tokens")
+
+
+def off(model):
+    for _, layer in lora_layers(model):
+        layer.enabled = False
+
+
+def changed_in_place(factor):
+    def change(model):
+        getattr(model.get_submodule(FIRST), factor).add_(1.0)
+
+    return change
+
+
+def replaced(model):
+    model.get_submodule(FIRST).lora_B = nn.Parameter(torch.ones(8, 3), requires_grad=False)
+
+
+def retrained(model):
+    """As an optimizer does: through .data of a parameter that counts as trainable, in place."""
+    layer = model.get_submodule(FIRST)
+    layer.lora_A.requires_grad_(True)
+    torch.optim.SGD([layer.lora_A], 1.0).zero_grad()
+    layer.lora_A.grad = torch.ones_like(layer.lora_A)
+    torch.optim.SGD([layer.lora_A], 1.0).step()
+
+
+CHANGES = {
+    "switched off": off,
+    "merged": merge_lora,
+    "merged and switched off": lambda model: (merge_lora(model), off(model)),
+    "merged and back": lambda model: (merge_lora(model), unmerge_lora(model)),
+    "A in place": changed_in_place("lora_A"),
+    "B in place": changed_in_place("lora_B"),
+    "m in place": changed_in_place("lora_magnitude_vector"),
+    "B another parameter": replaced,
+    "a step of an optimizer": retrained,
+    "W in place": lambda model: model.get_submodule(FIRST).base_layer.weight.add_(0.1),
+}
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_change_between_two_passes_counts(change, use_dora):
+    if change == "m in place" and not use_dora:
+        pytest.skip("LoRA has no magnitude")
+    if change == "W in place" and use_dora:
+        pytest.skip("the norms are those of the W that the text began with")
+    model, ids = make(use_dora=use_dora), ids_of(2, 1)
+    prepared = Prepared(model)
+    assert_same(model, prepared, ids, "before")
+    before = model(ids)
+    CHANGES[change](model)
+    same = torch.equal(model(ids), before)
+    assert same == (change == "merged and back") or change == "merged", f"{change}: does the model change? {not same}"
+    assert_same(model, prepared, ids, change)
+
+
+def test_afterwards_the_layers_are_their_own_again_also_after_an_error():
+    model = make()
+    prepared = Prepared(model)
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    for error in (None, ValueError("stop")):
+        with pytest.raises(ValueError, match="stop") if error else nullcontext(), torch.no_grad(), prepared:
+            model(ids_of(1, 1))
+            assert any("forward" in vars(module) for module in model.modules()), "nothing was prepared"
+            if error:
+                raise error
+        for name, module in model.named_modules():
+            assert vars(module).keys() == before[name].keys(), (
+                f"{name} keeps {vars(module).keys() - before[name].keys()}"
+            )
+        held = [shared for shared in prepared.inputs if shared.x is not None or shared.h or shared.rows.numel()]
+        assert not held, f"{len(held)} inputs are still held"
+
+
+def test_between_two_tokens_of_a_stream_the_model_can_be_trained():
+    model = make()
+    tokens = stream(model, [1, 2, 3], max_new_tokens=6)
+    next(tokens)
+    parameters = adapter_parameters(model)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    model(ids_of(1, 2)).sum().backward()
+    without = [parameter for parameter in parameters if parameter.grad is None]
+    assert not without, f"{len(without)} of {len(parameters)} parameters got no gradient"
+
+
+def test_two_streams_of_one_model_do_not_disturb_each_other():
+    model, prompts = make(), ([1, 2, 3], [7, 5])
+    alone = [list(stream(model, prompt, max_new_tokens=12)) for prompt in prompts]
+    streams = [stream(model, prompt, max_new_tokens=12) for prompt in prompts]
+    in_turn = list(zip(*streams, strict=True))
+    assert [list(each) for each in zip(*in_turn, strict=True)] == alone
+
+
+def test_a_layer_that_somebody_listens_to_or_has_replaced_stays_as_it_is():
+    model, heard = make(), []
+    layers = model.model.layers[0].self_attn
+    layers.q_proj.base_layer.register_forward_hook(lambda *_: heard.append("q"))
+    forward = layers.k_proj.forward
+    layers.k_proj.forward = lambda x: heard.append("k") or forward(x)
+    with torch.no_grad(), Prepared(model):
+        model(ids_of(1, 1))
+    assert heard == ["q", "k"], f"heard of {heard}, expected of q and k, once each"
+    assert "forward" in vars(layers.k_proj), "the replaced forward is gone"
+
+
+def test_under_autocast_nothing_is_prepared():
+    model = make()
+    prepared, ids = Prepared(model), ids_of(1, 1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(ids)
+        with prepared:
+            assert torch.equal(model(ids), expected), "under autocast the numbers changed"
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products that are run inside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("plain", 7 * 2 + 1), ("LoRA", (4 + 7 + 7) * 2 + 1)])
+def test_layers_that_read_one_x_share_a_product(kind, expected):
+    """For each layer W x, with an adapter B h as well; A x once for q, k and v, for gate and up, for o and for down."""
+    model = make(**KINDS[kind])
+    with torch.no_grad(), Prepared(model), Products() as products:
+        model(ids_of(1, 1))
+    assert products.count == expected, f"{products.count} products, {expected} expected"
+
+
+def test_dora_s_norms_are_computed_before_and_not_in_a_pass(monkeypatch):
+    model = make(use_dora=True)
+    prepared = Prepared(model)
+    monkeypatch.setattr(DoRALinear, "norms", lambda self: pytest.fail("norms are computed for a token"))
+    with torch.no_grad(), prepared:
+        model(ids_of(1, 1))
+
+
+def test_in_a_bank_the_base_layers_are_prepared():
+    bank = AdapterBank(make(plain=True), {"one": extract_adapter(make())})
+    prepared, ids = Prepared(bank.model), ids_of(2, 1)
+    with bank.rows(["one", None]):
+        assert_same(bank.model, prepared, ids, "a bank")
+        with torch.no_grad(), prepared:
+            layer = bank.model.get_submodule(FIRST)
+            assert "forward" in vars(layer.base_layer) and "forward" not in vars(layer)
