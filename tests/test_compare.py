@@ -71,17 +71,15 @@ def pirate(make_experiment):
 # The row of a run
 
 
-def test_a_row_says_what_the_run_was(make_experiment, tmp_path, monkeypatch):
-    experiment = make_experiment("qlora", dataset=replace(make_experiment().dataset, task="a task"))
-    finished = untrained(experiment)
+def test_a_row_says_what_the_run_was(make_experiment, tmp_path):
+    finished = untrained(make_experiment("qlora"))
     finished.history = History(
         train_loss=[[0, 5.0], [1, 4.0]],
         validation_loss=[[0, 3.0], [2, 1.0], [3, 2.0]],
         step_seconds=[9.0, 1.0, 2.0, 2.5],
         tokens=64,
     )
-    monkeypatch.setattr(compare_file, "score_task", lambda *_: Scored([], [], [True, False, False, False]))
-    row = describe(finished, tmp_path / "artifact", 12.5)
+    row = describe(finished, tmp_path / "artifact", 12.5, Scored([], [], [True, False, False, False]))
     trainable = sum(parameter.numel() for parameter in finished.model.parameters() if parameter.requires_grad)
     adapters = 2 * sum(16 + 16 + 16 + 8 + 16 + 8 + 16 + 16 + 3 * (16 + 32) for _ in range(1))  # r (in + out)
     whole = 2 * 800 * 16 + 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 32 + 3 * 16 + adapters
@@ -105,7 +103,8 @@ def test_a_row_says_what_the_run_was(make_experiment, tmp_path, monkeypatch):
         assert row[name] == value, f"{name}: expected {value}, got {row[name]}"
     assert trainable == adapters, f"the adapters have {adapters} parameters, and {trainable} are said to be trained"
     text = make_experiment()
-    assert describe(untrained_with_a_history(text), tmp_path / "text", 1.0)["score"] is None, "a text has no score"
+    row = describe(untrained_with_a_history(text), tmp_path / "text", 1.0, ["some", "text"])
+    assert row["score"] is None, f"a text has no score, and this one {row['score']}"
 
 
 def untrained_with_a_history(experiment) -> Run:
@@ -379,7 +378,8 @@ def test_compare_runs_each_method_with_each_seed_and_measures_the_first(
         clock.now += 10 + experiment.training.seed
         return Run(experiment, model, History())
 
-    def fake_describe(finished, artifact, seconds):
+    def fake_describe(finished, artifact, seconds, said):
+        assert said.answers[0] == f"from {finished.experiment.method}, seed {finished.experiment.training.seed}"
         method, seed = finished.experiment.method, finished.experiment.training.seed
         assert finished.model is models[method, seed]
         row = result_row(method, seed, best_validation_loss=0.5 + seed / 100)
@@ -415,7 +415,7 @@ def test_compare_runs_each_method_with_each_seed_and_measures_the_first(
         }
         for name, value in expected.items():
             assert row[name] == value, f"{row['method']}, seed {row['seed']}: {name} is {value}, not {row[name]}"
-    assert bases == [True, False, False], f"sampled from the base before, and from one run of each method: {bases}"
+    assert bases == [True, *[False] * 4], f"asked once: the base before, and each run after: {bases}"
     assert saved == [("loftq", "loftq-base")], f"LoftQ's own base is written, and no other: {saved}"
     head = {"task": "words", "base": pirate.base.directory.name, "seed": 3, "seeds": [3, 4], "loss_floor": None}
     head |= {"score_before": 0.25}
@@ -467,7 +467,7 @@ def test_losses_of_a_real_run_are_those_of_its_model(make_experiment, tmp_path):
     """From the loop to the row: the last validation loss is the saved model's, the first the base's."""
     experiment = make_experiment()
     finished = run(experiment, progress=False)
-    row, data = describe(finished, tmp_path / "artifact", 1.0), experiment.dataset.validation
+    row, data = describe(finished, tmp_path / "artifact", 1.0, []), experiment.dataset.validation
     for step, model in ((0, experiment.base.load()), (-1, finished.model)):
         expected, found = evaluate_loss(model, data, 4), row["validation_loss"][step][1]
         assert found == pytest.approx(expected, abs=1e-5), (

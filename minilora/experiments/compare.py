@@ -66,6 +66,7 @@ def _compare(experiments: list[Experiment], seeds: list[int], out: Path, progres
     before = sample(base.load(), experiments[0])
     rows: list[dict] = []
     first_runs: list[Run] = []
+    after: dict[str, Scored | list[str]] = {}
     for experiment in experiments:
         for seed in seeds:
             seeded = replace(experiment, training=replace(experiment.training, seed=seed))
@@ -74,10 +75,11 @@ def _compare(experiments: list[Experiment], seeds: list[int], out: Path, progres
             seconds = time.perf_counter() - began
             if experiment.method == "loftq":
                 vars(finished.model)["name_or_path"] = str((out / "loftq-base").resolve())
-            rows.append(describe(finished, out / f"{experiment.method}-seed{seed}", seconds))
+            said = sample(finished.model, seeded)
+            rows.append(describe(finished, out / f"{experiment.method}-seed{seed}", seconds, said))
             if seed == seeds[0]:
                 first_runs.append(finished)
-    after = {finished.experiment.method: sample(finished.model, finished.experiment) for finished in first_runs}
+                after[experiment.method] = said
     # From here on the models are only weights to compute with: timing and metering take further steps.
     ratios = step_ratios(first_runs, progress)
     for finished in first_runs:
@@ -106,10 +108,10 @@ def _compare(experiments: list[Experiment], seeds: list[int], out: Path, progres
     return results
 
 
-def describe(finished: Run, artifact: Path, wall_seconds: float) -> dict:
+def describe(finished: Run, artifact: Path, wall_seconds: float, said: Scored | list[str]) -> dict:
     """A row of results.json, without what is measured of several runs together."""
     experiment, model, history = finished.experiment, finished.model, finished.history
-    task, (trainable, total) = experiment.dataset.task, count_parameters(model)
+    trainable, total = count_parameters(model)
     return {
         "method": experiment.method,
         "seed": experiment.training.seed,
@@ -122,7 +124,7 @@ def describe(finished: Run, artifact: Path, wall_seconds: float) -> dict:
         "train_loss": history.train_loss,
         "validation_loss": history.validation_loss,
         "best_validation_loss": history.best_validation_loss,
-        "score": score_task(model, experiment.base.tokenizer, task).score if task else None,
+        "score": said.score if isinstance(said, Scored) else None,
         "artifact_bytes": finished.save(artifact),
     }
 
