@@ -55,6 +55,7 @@ from minilora.text.tasks import load_task
 # Fields of TrainConfig, by name.
 LOOP_OPTIONS = ("accumulation_steps", "gradient_checkpointing", "group_by_length", "precision", "save_every")
 RUN_OPTIONS = ("steps", "batch_size", *LOOP_OPTIONS)
+EVALUATIONS = 6  # of a run, unless its data asks for others: enough to draw a curve through
 GOAL = ("objective", "beta", "group_size", "teacher", "adapter", "sharded")  # of Experiment, by name
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")  # of `stream` and `Conversation`, by name
 
@@ -87,7 +88,11 @@ def experiments_of(options, methods: list[str]) -> list[Experiment]:
     alpha = 2 * options.rank if options.alpha is None else options.alpha
     lora = LoRAConfig(options.rank, alpha, options.dropout, targets_of(options.targets))
     chosen = {name: getattr(options, name, None) for name in RUN_OPTIONS}
-    plan = dataset.training | {name: value for name, value in chosen.items() if value is not None}
+    plan = (
+        {"evaluations": EVALUATIONS}
+        | dataset.training
+        | {name: value for name, value in chosen.items() if value is not None}
+    )
     experiments = []
     details = lora, quantization_of(options), options.virtual_tokens, options.loraplus_ratio
     for method in methods:
