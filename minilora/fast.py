@@ -63,10 +63,9 @@ class FormedWeight(Function):
 
 
 def formed_weight(W: Tensor | QuantizedTensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """W + s·BA, (out, in), a new tensor: so are the floats of a W in 4 bits, and the update is added in place."""
-    if isinstance(W, QuantizedTensor):
-        return dequantize(W, A.dtype).addmm_(B, A, alpha=scaling)
-    return torch.addmm(W, B, A, alpha=scaling)
+    """W + s·BA, (out, in), a new tensor. So are the floats of a W in 4 bits, and the update is added in their place."""
+    floats = dequantize(W, A.dtype) if isinstance(W, QuantizedTensor) else W
+    return torch.addmm(floats, B, A, alpha=scaling, out=None if floats is W else floats)
 
 
 class LowRankTerm(Function):

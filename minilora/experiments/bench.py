@@ -14,10 +14,13 @@ LoRA's thin products count too (above 2/3), and so do the gradients that a froze
 first adapter needs one (below 2/3). Attention's own products are left out, because they are the same for both.
 """
 
+import copy
+import gc
 import os
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,16 +31,22 @@ from minilora.adapters.adapter import extract_adapter
 from minilora.adapters.inject import adapter_parameters, apply_lora, merge_lora
 from minilora.config import LoRAConfig
 from minilora.dtypes import DTYPES
+from minilora.experiments import peers
 from minilora.experiments.simulate import build
-from minilora.experiments.timing import Actions, Timing, ratios_in_turn, thread_count
+from minilora.experiments.timing import Actions, Timing, in_a_fresh_process, ratios_in_turn, thread_count
 from minilora.inference.bank import AdapterBank
 from minilora.inference.generate import generate
 from minilora.inference.prepared import Prepared
 from minilora.linear4bit import quantize_model
 from minilora.model import GPT, GPTConfig, KVCache
+from minilora.places import DATA
 from minilora.quant import dequantize, quantize
+from minilora.storage.models import load_model
 from minilora.train import make_optimizer, training_step
 from minilora.train_settings import TrainConfig
+
+# glibc: blocks of any size come from memory that stays with the process when it is freed.
+KEEP_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 
 @dataclass
@@ -145,11 +154,36 @@ def measure_steps(models: dict[str, GPT], settings: BenchSettings, bars: dict[st
 
 def training_steps(settings: BenchSettings) -> list[BenchRow]:
     """A training step of LoRA and of QLoRA against full fine-tuning's."""
-    few, every = f"step, LoRA r={settings.r} on q_proj, v_proj", f"step, LoRA r={settings.r} on all linears"
+    r, layers = settings.r, settings.num_hidden_layers
+    few, every = f"step, LoRA r={r} on q_proj, v_proj", f"step, LoRA r={r} on all linears"
+    dropped, late, quantized = f"{every}, dropout 0.05", f"{every}, last third", every.replace("LoRA", "QLoRA")
+    last = "|".join(str(number) for number in range(layers - max(1, layers // 3), layers))
     models = {"step, full fine-tuning": settings.build_model()}
     models |= {few: settings.build_lora_model(["q_proj", "v_proj"]), every: settings.build_lora_model()}
-    models[every.replace("LoRA", "QLoRA")] = settings.build_lora_model(in_4_bits=True)
-    return measure_steps(models, settings, {few: 0.72, every: 0.80})
+    models |= {dropped: settings.build_lora_model(dropout=0.05)}
+    models |= {late: settings.build_lora_model(rf".*\.({last})\.(self_attn|mlp)\..*_proj")}
+    models |= {quantized: settings.build_lora_model(in_4_bits=True)}
+    return measure_steps(models, settings, {few: 0.72, every: 0.74, dropped: 0.90, quantized: 0.85})
+
+
+@peers.quiet()
+def steps_of_peers(settings: BenchSettings) -> list[BenchRow]:
+    """PEFT's step against transformers' full one, for the rows above; no rows where these are not installed."""
+    if not peers.installed():
+        return []
+    kinds: dict[str, dict] = {
+        "step, PEFT's LoRA on q_proj, v_proj": {"target_modules": ["q_proj", "v_proj"]},
+        "step, PEFT's LoRA on all linears": {},
+        "step, PEFT's LoRA on all linears, dropout 0.05": {"lora_dropout": 0.05},
+        "step, PEFT's DoRA on all linears": {"use_dora": True},
+    }
+    ids = settings.random_ids(settings.batch_size, settings.sequence_length)
+    models = {"transformers' full step": peers.make(settings.shape, settings.device)}
+    models |= {name: peers.make(settings.shape, settings.device, settings.r, **lora) for name, lora in kinds.items()}
+    rows = measure({name: peers.training_step_of(model, ids, ids) for name, model in models.items()}, settings, {})
+    del models
+    gc.collect()  # their models hold themselves
+    return rows
 
 
 def dora_step(settings: BenchSettings) -> list[BenchRow]:
@@ -173,24 +207,37 @@ def quantization(settings: BenchSettings) -> list[BenchRow]:
 
     Dequantizing waits for memory: the result is all new memory, which the system hands out slowly. A process that has
     freed as much memory before gets it quickly. A copy then takes a fifth of the time, and a fused kernel, which writes
-    each number once, gains more than our several operations do. So this claim is measured first, in a fresh process.
+    each number once, gains more than our several operations do. So this claim is measured first, in a fresh process,
+    and once more in one whose allocator keeps what is freed.
     """
-    torch.manual_seed(settings.seed)
-    weight = torch.randn(settings.matrix_size, settings.matrix_size)
-    quantized = quantize(weight, "nf4")
-    to_codes, back = "quantize, over a copy", "dequantize, over a copy"
-    ours = {to_codes: lambda: quantize(weight, "nf4"), back: lambda: dequantize(quantized)}
-    rows = measure({"copy": weight.clone, **ours}, settings, {}, counted=False)
-    try:
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-    except ImportError:
-        return rows
-    codes, state = quantize_4bit(weight, quant_type="nf4")
-    theirs = {to_codes: lambda: quantize_4bit(weight, quant_type="nf4"), back: lambda: dequantize_4bit(codes, state)}
-    for name, bar in ((to_codes, 1.0), (back, 2.5)):
-        claim = name.replace("a copy", "bitsandbytes")
-        rows += measure({"theirs": theirs[name], claim: ours[name]}, settings, {claim: bar}, counted=False)
+    rows = in_a_fresh_process(quantization_of, settings)
+    for row in in_a_fresh_process(quantization_of, settings, **KEEP_BLOCKS):
+        if row.claim.startswith("dequantize"):
+            rows.append(replace(row, claim=f"{row.claim}, memory used again", bar=row.bar and 4.0))
     return rows
+
+
+def quantization_of(settings: BenchSettings) -> list[BenchRow]:
+    with thread_count(settings.threads):
+        torch.manual_seed(settings.seed)
+        weight = torch.randn(settings.matrix_size, settings.matrix_size)
+        quantized = quantize(weight, "nf4")
+        to_codes, back = "quantize, over a copy", "dequantize, over a copy"
+        ours = {to_codes: lambda: quantize(weight, "nf4"), back: lambda: dequantize(quantized)}
+        rows = measure({"copy": weight.clone, **ours}, settings, {}, counted=False)
+        try:
+            from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+        except ImportError:
+            return rows
+        codes, state = quantize_4bit(weight, quant_type="nf4")
+        theirs = {
+            to_codes: lambda: quantize_4bit(weight, quant_type="nf4"),
+            back: lambda: dequantize_4bit(codes, state),
+        }
+        for name, bar in ((to_codes, 1.0), (back, 2.5)):
+            claim = name.replace("a copy", "bitsandbytes")
+            rows += measure({"theirs": theirs[name], claim: ours[name]}, settings, {claim: bar}, counted=False)
+        return rows
 
 
 def one_token(model: nn.Module, ids: Tensor) -> Callable[[], None]:
@@ -206,6 +253,17 @@ def one_token(model: nn.Module, ids: Tensor) -> Callable[[], None]:
         cache.layers = dict(before)
 
     return decode
+
+
+def decoding(settings: BenchSettings) -> list[BenchRow]:
+    """A text of 64 tokens, one row, from the base that ships: the adapter apart against merged."""
+    apart = load_model(DATA / "base", DTYPES[settings.dtype])
+    apply_lora(apart, LoRAConfig(settings.r, 2 * settings.r, target_modules="all-linear"))
+    merged, claim = copy.deepcopy(apart), "generation, one row, shipped base, adapter apart over merged"
+    merge_lora(merged)
+    actions: Actions = {"merged": partial(generate, merged, [[1, 2, 3]], 64)}
+    actions[claim] = partial(generate, apart, [[1, 2, 3]], 64)
+    return measure(actions, settings, {claim: 1.25}, counted=False)
 
 
 def serving(settings: BenchSettings) -> list[BenchRow]:
@@ -239,7 +297,8 @@ def serving(settings: BenchSettings) -> list[BenchRow]:
         return result + row(resident, lambda: few(ids, names), lambda: many(ids, names), 1.1)
 
 
-CLAIMS = (quantization, training_steps, dora_step, merged_forward, serving)  # settings in, rows out
+# Settings in, rows out.
+CLAIMS = (quantization, training_steps, dora_step, steps_of_peers, merged_forward, decoding, serving)
 
 
 def run_bench(settings: BenchSettings) -> list[BenchRow]:

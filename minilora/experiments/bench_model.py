@@ -12,11 +12,8 @@ The ratios are in `bench_ratios`, taken as `bench` takes its own. Beside them st
 
 import contextlib
 import gc
-import os
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -27,7 +24,7 @@ from tqdm import tqdm
 from minilora.experiments.bench import BenchRow, format_rows
 from minilora.experiments.bench_ratios import CLAIMS, ModelBenchSettings
 from minilora.experiments.compare import bits_per_weight
-from minilora.experiments.timing import thread_count
+from minilora.experiments.timing import in_a_fresh_process, thread_count
 from minilora.memory import Bytes, MemoryMeter, format_bytes
 from minilora.quant import Quantization
 from minilora.storage.models import load_model
@@ -85,19 +82,8 @@ def memory_of_step(settings: ModelBenchSettings) -> tuple[Bytes, int | None]:
 
 def measure_memory(settings: ModelBenchSettings) -> StepMemory:
     """Two processes: an allocator as it is, and glibc's told to keep no freed block of 64 KiB or more."""
-
-    def in_a_process() -> tuple[Bytes, int | None]:
-        with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
-            return fresh.submit(memory_of_step, settings).result()
-
-    (peak, growth), before = in_a_process(), os.environ.get(RETURN_BLOCKS)
-    os.environ[RETURN_BLOCKS] = str(2**16)  # read when a process starts
-    try:
-        return StepMemory(peak, growth, in_a_process()[1])
-    finally:
-        del os.environ[RETURN_BLOCKS]
-        if before is not None:
-            os.environ[RETURN_BLOCKS] = before
+    peak, growth = in_a_fresh_process(memory_of_step, settings)
+    return StepMemory(peak, growth, in_a_fresh_process(memory_of_step, settings, **{RETURN_BLOCKS: str(2**16)})[1])
 
 
 @dataclass

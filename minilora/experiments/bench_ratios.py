@@ -12,6 +12,7 @@ ratio can be no less than 1.29, and where it waits for arithmetic alone, 1.02.
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,12 +29,14 @@ from minilora.experiments.timing import Timing
 from minilora.inference.bank import AdapterBank
 from minilora.inference.generate import generate
 from minilora.model import GPT
+from minilora.rows import batch_of
 from minilora.storage.config import load_config
 from minilora.storage.get import MODELS
 from minilora.storage.models import load_model, open_checkpoint
 from minilora.storage.quantized import quantized_parts
+from minilora.text.batches import Batches
 from minilora.train import next_token_targets
-from minilora.train_settings import IGNORE
+from minilora.train_settings import IGNORE, TrainConfig
 
 
 @dataclass
@@ -74,6 +77,13 @@ class ModelBenchSettings(Timing):
         labels = ids.clone()
         labels[:, : -self.counted_tokens] = IGNORE
         return ids, labels
+
+    def unlike_rows(self) -> Batches:
+        """Six batches of rows that have from half the length to all of it; the last quarter of each counts."""
+        lengths = torch.linspace(self.sequence_length // 2, self.sequence_length, 6 * self.batch_size).long()
+        ids, places = self.random_ids(len(lengths), self.sequence_length), torch.arange(self.sequence_length)
+        counts = (places < lengths[:, None]) & (places >= lengths[:, None] * 3 // 4)
+        return Batches(ids, ids.masked_fill(~counts, IGNORE))
 
     def check(self):
         """Raises ValueError for a base that is too short for what is timed, or in 4 bits."""
@@ -129,7 +139,7 @@ def decoding(settings: ModelBenchSettings) -> list[BenchRow]:
         claim = f"decoding {count}, adapter apart over merged"
         models = {"merged": merged, claim: apart, f"decoding {count}, bfloat16 over float32": half}
         actions = {name: decoder(model, count, settings) for name, model in models.items()}
-        rows += measure(actions, settings, {claim: 1.25}, counted=False)
+        rows += measure(actions, settings, {claim: 1.12}, counted=False)
     return rows
 
 
@@ -169,13 +179,40 @@ def steps_over_peers(settings: ModelBenchSettings) -> list[BenchRow]:
     batch, rows = settings.batch(), []
     ours = step_of(settings.load_lora(), *batch)
     for claim, r, bar in (
-        ("step, LoRA over PEFT's", settings.r, 0.6),
+        ("step, LoRA over PEFT's", settings.r, 0.55),
         ("step, LoRA over transformers' full", None, 0.75),
     ):
         actions = {"theirs": peers.training_step_of(peers.load(settings.base, r), *batch), claim: ours}
         rows += measure(actions, settings, {claim: bar})
         del actions
         gc.collect()  # their models hold themselves
+    return rows
+
+
+@peers.quiet()
+def epoch_over_peers(settings: ModelBenchSettings) -> list[BenchRow]:
+    """An epoch of rows of unlike length: ours in batches of like length, PEFT's shuffled. A batch is as wide as its
+    longest row."""
+    if not peers.can_read(settings.base):
+        return []
+    data, longest = settings.unlike_rows(), settings.sequence_length
+    claim, steps = f"epoch, {longest // 2} to {longest} tokens a row, over PEFT's", len(data) // settings.batch_size
+
+    def epoch(step_on: Callable, group_by_length: bool) -> Callable[[], None]:
+        config = TrainConfig(steps, settings.batch_size, 1e-4, group_by_length=group_by_length)
+        taken = [step_on(*batch_of(data, number, config)) for number in range(steps)]
+
+        def run():
+            for step in taken:
+                step()
+
+        return run
+
+    actions = {"theirs": epoch(partial(peers.training_step_of, peers.load(settings.base, settings.r)), False)}
+    actions[claim] = epoch(partial(step_of, settings.load_lora()), True)
+    rows = measure(actions, settings, {})
+    del actions
+    gc.collect()  # their models hold themselves
     return rows
 
 
@@ -191,8 +228,9 @@ def decoding_over_peers(settings: ModelBenchSettings) -> list[BenchRow]:
             "theirs": peers.decoder(theirs, settings.random_ids(count, settings.prompt_length), settings.new_tokens),
             claim: decoder(ours, count, settings),
         }
-        rows += measure(actions, settings, {claim: 0.9}, counted=False)
+        rows += measure(actions, settings, {claim: 0.75 if count == 1 else 0.9}, counted=False)
     return rows
 
 
-CLAIMS = (training_steps, steps_over_peers, precisions, decoding, decoding_over_peers, serving)  # settings in, rows out
+# Settings in, rows out.
+CLAIMS = (training_steps, steps_over_peers, epoch_over_peers, precisions, decoding, decoding_over_peers, serving)

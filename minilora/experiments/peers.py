@@ -59,23 +59,24 @@ def load(base: Path, r: int | None = None) -> Any:
     return prepared(model, r)
 
 
-def make(config: GPTConfig, device: str, r: int | None = None) -> Any:
-    """The same with random weights in the shape of `config`, on a device."""
+def make(config: GPTConfig, device: str, r: int | None = None, **lora: Any) -> Any:
+    """The same with random weights in the shape of `config`, on a device. lora: other fields of PEFT's LoraConfig."""
     transformers = transformers_offline()
     names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     names += ["num_key_value_heads", "max_position_embeddings", "tie_word_embeddings"]
     theirs = transformers.LlamaConfig(**{name: getattr(config, name) for name in names})
     with torch.device(device):
         model = transformers.LlamaForCausalLM(theirs)
-    return prepared(model.to(device, torch.float32), r)
+    return prepared(model.to(device, torch.float32), r, **lora)
 
 
-def prepared(model: Any, r: int | None) -> Any:
+def prepared(model: Any, r: int | None, **lora: Any) -> Any:
     model.train().generation_config.eos_token_id = None
     if r is None:
         return model
     peft: Any = importlib.import_module("peft")
-    return peft.get_peft_model(model, peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear"))
+    settings = {"lora_alpha": 2 * r, "target_modules": "all-linear", **lora}
+    return peft.get_peft_model(model, peft.LoraConfig(r=r, **settings))
 
 
 def training_step_of(model: Any, input_ids: Tensor, labels: Tensor, autocast=False) -> Callable[[], Tensor]:

@@ -1,9 +1,12 @@
 """Things timed in turn, A B A B, in one process: what else the machine does meets all of them alike."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -77,3 +80,18 @@ def thread_count(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def in_a_fresh_process(function: Callable, *arguments: Any, **environment: str) -> Any:
+    """function(*arguments), in a process that starts with these variables of its environment set."""
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+            return fresh.submit(function, *arguments).result()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
