@@ -34,6 +34,16 @@ def test_bytes_are_those_of_so_many_files(base):
     assert found["adapters in slots"] == 3 * 4 * 162_816, "two adapters and the zeros, in float32"
 
 
+def test_trained_adapters_are_those_that_finetune_writes_and_differ(base):
+    setting = setting_of(base, serving.TRAINED, "bytes", variants=4, tasks=("json", "pirate"), **{"held out": 2})
+    found = serving.bytes_of_trained(replace(setting, plan=replace(setting.plan, steps=1)))
+    written = serving.bytes_of_variants(setting_of(base, serving.BYTES, "bytes", variants=4))["bytes"]
+    assert (found["pairs"], found["unlike"]) == (6, 6), f"two tasks, two seeds: {found}"
+    for name, expected in written.items():
+        more, allowed = found["bytes"][name] - expected, 200_000 if name == "models" else 50_000  # a tokenizer each
+        assert 0 <= more < allowed, f"{name}: {more} bytes more than save_adapter and save_model write, {expected}"
+
+
 def test_what_is_timed_is_what_its_name_says(base, monkeypatch):
     batches = {}
 

@@ -1,12 +1,13 @@
 """Claims about many adapters served from one base, at the size of a real model."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minilora.adapters.adapter import Adapter, extract_adapter
 from minilora.adapters.inject import adapter_parameters, apply_lora, remove_lora
@@ -14,14 +15,17 @@ from minilora.adapters.prompts import PrefixTuning, SoftPrompt
 from minilora.config import LoRAConfig
 from minilora.experiments.claims.bars import bars
 from minilora.experiments.claims.claim import Claim, Rule, quantity
-from minilora.experiments.claims.study import Arm, Plan, Setting, Study
+from minilora.experiments.claims.study import ROW, Arm, Plan, Setting, Study
 from minilora.experiments.claims.uses.speed import percent
+from minilora.experiments.run import finetune, tuned_experiments
 from minilora.inference.bank import AdapterBank
 from minilora.inference.generate import generate
 from minilora.model import GPT
 from minilora.storage.adapters import save_adapter
 from minilora.storage.models import save_model
+from minilora.text.datasets import load_dataset
 
+LORA = LoRAConfig(8, 16, target_modules="all-linear")
 VARIANTS, ROWS = 64, 16
 DIFFERENT = {"one adapter": 1, "4 adapters": 4, "16 adapters": ROWS}  # in a batch
 VIRTUAL = 16  # tokens of a soft prompt or a prefix
@@ -46,18 +50,45 @@ def bytes_of_variants(setting: Setting) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         save_model(model, Path(folder, "model"))
         for number in range(count):
-            apply_lora(model, LoRAConfig(8, 16, target_modules="all-linear"))
+            apply_lora(model, LORA)
             save_adapter(model, Path(folder, "adapters", f"variant-{number}"))
             remove_lora(model)
-        one, adapters = (
-            sum(file.stat().st_size for file in Path(folder, name).rglob("*") if file.is_file())
-            for name in ("model", "adapters")
-        )
-        bank = AdapterBank(model, {path.name: path for path in Path(folder, "adapters").iterdir()}, slots=count)
-        bank.forward(torch.zeros(count, 1, dtype=torch.int64), bank.names)  # all of them into their slots
+        return counted_bytes(Path(folder), model)[0]
+
+
+def counted_bytes(folder: Path, model: GPT) -> tuple[dict[str, Any], Tensor]:
+    """The record of the files in `folder`/model and `folder`/adapters, and of each of these adapters the logits after a
+    token, (adapters, V), when all are served together."""
+    one, all_adapters = (
+        sum(file.stat().st_size for file in (folder / name).rglob("*") if file.is_file())
+        for name in ("model", "adapters")
+    )
+    adapters = {path.name: path for path in (folder / "adapters").iterdir()}
+    bank = AdapterBank(model, adapters, slots=len(adapters))
+    logits = bank.forward(torch.ones(len(adapters), 1, dtype=torch.int64), bank.names)[:, 0]  # all into their slots
     slots = sum(tensor.nbytes for layer in bank.layers.values() for tensor in (layer.A, layer.B))
-    sizes = {"models": count * one, "one base and adapters": one + adapters, "adapters in slots": slots}
-    return {"scores": {f"{what}, MB": size / 10**6 for what, size in sizes.items()}, "bytes": sizes}
+    bank.close()
+    sizes = {"models": len(adapters) * one, "one base and adapters": one + all_adapters, "adapters in slots": slots}
+    return {"scores": {f"{what}, MB": size / 10**6 for what, size in sizes.items()}, "bytes": sizes}, logits
+
+
+def bytes_of_trained(setting: Setting) -> dict[str, Any]:
+    """The same of what `finetune` writes: adapters that it trained, so many of each task, each under a name of its own,
+    and one model. "unlike" counts the pairs of adapters that say different things when all are served together."""
+    base, tasks = setting.base, setting["tasks"]
+    each = setting["variants"] // len(tasks)
+    with TemporaryDirectory() as folder:
+        for task in tasks:
+            data = load_dataset(task, base.tokenizer, ROW, count=setting["held out"])
+            (plan,) = tuned_experiments(base, data, ["lora"], setting.plan.steps, lora=LORA)
+            for seed in range(each):
+                own = replace(plan, training=replace(plan.training, seed=seed))
+                finetune(own, Path(folder, "adapters", f"{task}-{seed}"), progress=False)
+        (full,) = tuned_experiments(base, data, ["full"], setting.plan.steps)
+        finetune(full, Path(folder, "model"), progress=False)
+        record, logits = counted_bytes(Path(folder), base.load())
+    pairs = len(logits) * (len(logits) - 1) // 2
+    return record | {"pairs": pairs, "unlike": int((torch.pdist(logits) > 0).sum())}
 
 
 BYTES = Study(
@@ -69,6 +100,24 @@ BYTES = Study(
         for scale, minutes in (("tiny", 0.2), ("smollm2", 1.5))
     },
     bytes_of_variants,
+    chosen_by="",
+    figure=bars(["models, MB", "one base and adapters, MB"], "MB of files"),
+)
+
+TRAINED = Study(
+    "variants-trained",
+    f"{VARIANTS} adapters that finetune trained for a moment and wrote, of four tasks, beside a model that it wrote",
+    {"bytes": Arm(None)},
+    {
+        "tiny": Plan(
+            "four tasks",
+            steps=10,
+            seeds=1,
+            minutes=4,
+            settings={"variants": VARIANTS, "tasks": ("json", "pirate", "dialect", "facts"), "held out": 20},
+        )
+    },
+    bytes_of_trained,
     chosen_by="",
     figure=bars(["models, MB", "one base and adapters, MB"], "MB of files"),
 )
@@ -131,7 +180,7 @@ CLAIMS = [
             above=False,
             exact=True,
         ),
-        (BYTES,),
+        (BYTES, TRAINED),
         "a count, no experiment; whether an adapter says what a fully fine-tuned model would say is another claim",
     ),
     Claim(
