@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from minilora import rows as rows_file
 from minilora import train as train_file
+from minilora.adapters.inject import apply_lora
+from minilora.config import LoRAConfig
 from minilora.model import GPT, GPTConfig
 from minilora.rows import batch_of, batch_rows
 from minilora.train import (
@@ -181,6 +184,25 @@ def test_checkpointing_gives_the_same_gradients(frozen_embedding):
     for name, gradient in gradients[0].items():
         gap = (gradient - gradients[1][name]).abs().max()
         assert gap < 1e-12, f"gradient of {name} differs by {gap:.2e} under checkpointing"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_below_the_first_adapter_nothing_waits_for_backward_and_nothing_runs_twice(checkpointing):
+    """Adapters in the upper layer of two: a step costs the forward pass of the lower one, and no more."""
+    model = apply_lora(small_model(), LoRAConfig(2, 4, target_modules=r".*layers\.1\..*_proj"))
+    set_gradient_checkpointing(model, checkpointing)
+    runs, waiting = [], []
+    for number, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(lambda layer, inputs, number=number: runs.append(number))
+    model.model.layers[1].register_forward_pre_hook(lambda layer, inputs: waiting.append(len(saved)))
+    ids, saved = small_data().input_ids, []
+    with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        logits = model(ids)
+    logits.sum().backward()
+    assert checkpointing or waiting[0] == 0, f"{waiting[0]} tensors of what lies below the adapters wait for backward"
+    assert saved, "the layer with adapters keeps something"
+    expected = [0, 1, 1] if checkpointing else [0, 1]
+    assert runs == expected, f"layers ran in the order {runs}, expected {expected}"
 
 
 def test_checkpointing_that_no_module_offers_is_an_error():
