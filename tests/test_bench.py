@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minilora.experiments import bench, peers, timing
-from minilora.experiments.bench import BenchRow, BenchSettings, format_bench, run_bench
+from minilora.experiments import bench, bench_rows, peers, timing
+from minilora.experiments.bench import BenchSettings, format_bench, run_bench
+from minilora.experiments.bench_rows import BenchRow
 
 TINY = BenchSettings(
     hidden_size=32,
@@ -82,7 +83,7 @@ def test_the_arithmetic_of_a_lora_step_is_near_two_thirds_and_of_a_merged_forwar
 def test_ratios_are_those_of_each_round_to_the_first_action_without_the_warm_up(clock):
     thrice = [3 * seconds for seconds in FIRST]
     actions = {name: timed(clock, seconds) for name, seconds in (("a", FIRST), ("b", SECOND), ("c", thrice))}
-    ratios, _ = bench.interleave(actions, TINY, "")
+    ratios, _ = bench_rows.interleave(actions, TINY, "")
     upside_down, with_warm_up = [1 / ratio for ratio in RATIOS], [SECOND[0] / FIRST[0], *RATIOS]
     what = f"b's seconds over a's are {RATIOS} (upside down {upside_down}, with the warm-up {with_warm_up})"
     assert ratios["b"] == RATIOS, f"{what}, not {ratios['b']}"
@@ -92,20 +93,20 @@ def test_ratios_are_those_of_each_round_to_the_first_action_without_the_warm_up(
 def test_a_row_has_the_median_the_extremes_its_bar_and_its_arithmetic(clock):
     for counted, arithmetic in ((True, 2.0), (False, None)):
         actions = {"a": timed(clock, FIRST, 2), "b": timed(clock, SECOND, 4)}
-        (row,) = bench.measure(actions, TINY, {"b": 2.5}, counted)
+        (row,) = bench_rows.measure(actions, TINY, {"b": 2.5}, counted)
         expected = dict(claim="b", ratio=2.0, lowest=0.5, highest=3.0, bar=2.5, arithmetic=arithmetic)
         for name, value in expected.items():
             found = asdict(row)[name]
             assert found == value, f"of the ratios {RATIOS}, counted {counted}: {name} is {value}, not {found}"
     actions = {"a": timed(clock, FIRST), "b": timed(clock, SECOND)}
-    (row,) = bench.measure(actions, TINY, {})
+    (row,) = bench_rows.measure(actions, TINY, {})
     assert (row.bar, row.arithmetic) == (None, None), f"without a bar and without products there is neither: {row}"
 
 
 def test_arithmetic_is_the_ratio_of_what_each_action_multiplies_to_the_first(clock):
     counts = {"two": 2, "six": 6, "one": 1}
     actions = {name: timed(clock, FIRST, products) for name, products in counts.items()}
-    _, arithmetic = bench.interleave(actions, TINY, "")
+    _, arithmetic = bench_rows.interleave(actions, TINY, "")
     assert arithmetic == {"six": 3.0, "one": 0.5}, f"6 products over 2 are 3.0, 1 over 2 is 0.5, not {arithmetic}"
 
 
@@ -134,7 +135,7 @@ def test_actions_take_turns():
         order.append(name)
         return x @ x
 
-    bench.interleave({name: lambda name=name: action(name) for name in "ab"}, TINY, "")
+    bench_rows.interleave({name: lambda name=name: action(name) for name in "ab"}, TINY, "")
     assert "".join(order) == "ab" * (1 + TINY.rounds), order
 
 

@@ -63,7 +63,8 @@ def test_on_4_bits_it_measures_merging_and_rounding_again(tmp_path):
     report = merge_adapter(model.train(), tmp_path / "merged")
     assert_number("the largest logit", report.largest_logit, apart.abs().max().item())
     assert_number("rounded again", report.rounded, (rounded - apart).abs().max().item())
-    assert 0 < report.merged < 1e-5, f"merging into floats costs last digits, such as {merged:.2g}: {report.merged:.2g}"
+    # At most last digits; of so many tokens nothing, because apart the layer adds W and s·BA as merging does.
+    assert report.merged < 1e-5, f"merging into floats costs last digits, such as {merged:.2g}: {report.merged:.2g}"
     assert report.rounded > 1000 * report.merged, report
     written = load_model(tmp_path / "merged")
     assert not quantized_layers(written), "what is written is in floats"

@@ -16,8 +16,6 @@ first adapter needs one (below 2/3). Attention's own products are left out, beca
 
 import copy
 import gc
-import os
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,15 +23,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from minilora.adapters.adapter import extract_adapter
 from minilora.adapters.inject import adapter_parameters, apply_lora, merge_lora
 from minilora.config import LoRAConfig
 from minilora.dtypes import DTYPES
 from minilora.experiments import peers
+from minilora.experiments.bench_rows import BenchRow, format_rows, measure
 from minilora.experiments.simulate import build
-from minilora.experiments.timing import Actions, Timing, in_a_fresh_process, ratios_in_turn, thread_count
+from minilora.experiments.timing import Actions, Timing, in_a_fresh_process, thread_count
 from minilora.inference.bank import AdapterBank
 from minilora.inference.generate import generate
 from minilora.inference.prepared import Prepared
@@ -95,48 +93,6 @@ class BenchSettings(Timing):
         """int64, the same at every call and on every device."""
         drawn = torch.randint(self.vocab_size, shape, generator=torch.Generator().manual_seed(self.seed))
         return drawn.to(self.device)
-
-
-@dataclass
-class BenchRow:
-    """One claim: `ratio` is to be at most `bar`; without a bar it is a measurement and nothing is claimed."""
-
-    claim: str
-    ratio: float  # median over the rounds
-    lowest: float
-    highest: float
-    bar: float | None
-    arithmetic: float | None  # ratio of the matrix products' floating-point operations, where there are any
-
-
-def interleave(actions: Actions, settings: Timing, description: str) -> tuple[dict, dict]:
-    """Runs the actions in turn, and holds the others against the first.
-
-    Returns, for each of the others, the ratio of its time to the first's in each round, and the ratio of its
-    floating-point operations. Operations are counted in a first run of each, which also warms up and is not timed.
-    """
-    operations: dict[str, int] = {}
-
-    def count(name: str, action: Callable):
-        with FlopCounterMode(display=False) as counter:
-            action()
-        operations[name] = counter.get_total_flops()
-
-    ratios, first = ratios_in_turn(actions, settings, description, count), next(iter(actions))
-    return ratios, {name: operations[name] / operations[first] if operations[first] else None for name in ratios}
-
-
-def measure(actions: Actions, settings: Timing, bars: dict[str, float], counted=True) -> list[BenchRow]:
-    """A row for each action but the first, `interleave`d. counted: False where the operations say nothing."""
-    last = list(actions)[-1]
-    ratios, arithmetic = (
-        interleave(actions, settings, last) if counted else (ratios_in_turn(actions, settings, last), {})
-    )
-    rows = []
-    for claim, values in ratios.items():
-        summary = statistics.median(values), min(values), max(values)
-        rows.append(BenchRow(claim, *summary, bars.get(claim), arithmetic.get(claim)))
-    return rows
 
 
 def step_of(model: nn.Module, input_ids: Tensor, labels: Tensor, precision="float32") -> Callable[[], Tensor]:
@@ -308,31 +264,13 @@ def run_bench(settings: BenchSettings) -> list[BenchRow]:
 
 
 def format_bench(rows: list[BenchRow], settings: BenchSettings) -> str:
-    """The rows as a table, over it the conditions of the measurement. Call it at once: it reads the load."""
+    """The rows as a table; call it at once, as `format_rows`."""
     shape = (
         f"{settings.num_hidden_layers} layers, {settings.hidden_size} wide, batch {settings.batch_size} x "
         f"{settings.sequence_length}, float32; ratios to the full step, the base's forward or what is named; nf4 of a "
         f"{settings.matrix_size} x {settings.matrix_size} weight; median of {settings.rounds} rounds"
     )
     return format_rows(rows, settings, shape)
-
-
-def format_rows(rows: list[BenchRow], settings: Timing, shape: str) -> str:
-    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"  # Windows has none
-    width = max(36, *(len(row.claim) for row in rows))
-    lines = [
-        f"torch {torch.__version__}, {settings.threads} threads, load over the last minute {load}, about "
-        f"{settings.threads} of it our own (much more: something else was running, do not trust the ratios)",
-        shape,
-        f"\n{'':{width}}{'ratio':>7}{'lowest':>9}{'highest':>9}{'bar':>7}  {'':6}{'arithmetic':>12}",
-    ]
-    for row in rows:
-        bar, verdict = ("-", "") if row.bar is None else (f"{row.bar:.2f}", "met" if row.ratio <= row.bar else "MISSED")
-        arithmetic = "-" if row.arithmetic is None else f"{row.arithmetic:.3f}"
-        numbers = f"{row.ratio:7.2f}{row.lowest:9.2f}{row.highest:9.2f}{bar:>7}"
-        lines.append(f"{row.claim:{width}}{numbers}  {verdict:6}{arithmetic:>12}")
-    lines.append("\nLimit of a LoRA step: 2/3 of the full step's products of weights (arithmetic 0.667).")
-    return "\n".join(lines)
 
 
 def report(**chosen: Any) -> str:

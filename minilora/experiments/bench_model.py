@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from minilora.experiments.bench import BenchRow, format_rows
 from minilora.experiments.bench_ratios import CLAIMS, ModelBenchSettings
+from minilora.experiments.bench_rows import BenchRow, format_rows
 from minilora.experiments.compare import bits_per_weight
 from minilora.experiments.timing import in_a_fresh_process, thread_count
 from minilora.memory import Bytes, MemoryMeter, format_bytes

@@ -24,7 +24,8 @@ from minilora.adapters.adapter import extract_adapter
 from minilora.adapters.inject import apply_lora, merge_lora
 from minilora.config import LoRAConfig
 from minilora.experiments import peers
-from minilora.experiments.bench import BenchRow, measure, one_token, step_of
+from minilora.experiments.bench import one_token, step_of
+from minilora.experiments.bench_rows import BenchRow, measure
 from minilora.experiments.timing import Timing
 from minilora.inference.bank import AdapterBank
 from minilora.inference.generate import generate
