@@ -36,6 +36,7 @@ g (N, out):
   thin matrix comes first. Where x needs no gradient (`ctx.needs_input_grad`), FormedWeight spares itself gx.
 - Kept for backward are x, W, A, B, the mask and A x. Neither M nor m ⊙ x is kept: they are made again. Where A is
   frozen, LowRankTerm needs x no longer, and does not keep it.
+- Here W is a tensor of floats. The package's own takes one in 4 bits as well: its `formed_weight(W, A, B, s)` gives M.
 - LowRankTerm computes in base's dtype, whatever x, A and B have. s has 1 / (1 - p) for the dropout in it already.
 - Any leading dimensions, (in,), (N, in), (batch, T, in); x and g may be views that are not contiguous. No argument is
   changed in place.""",
