@@ -258,7 +258,7 @@ CLAIMS = (quantization, training_steps, dora_step, steps_of_peers, merged_forwar
 
 
 def run_bench(settings: BenchSettings) -> list[BenchRow]:
-    """Measures every claim: about two minutes on two idle cores with the default settings."""
+    """Measures every claim: about three minutes on two idle cores with the default settings, the peers among it."""
     with thread_count(settings.threads):
         return [row for claim in CLAIMS for row in claim(settings)]
 
