@@ -41,9 +41,7 @@ class FormedWeight(Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, W: Tensor | QuantizedTensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
-    ) -> Tensor:
+    def forward(ctx, x: Tensor, W: Tensor | QuantizedTensor, bias, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         floats, ctx.quantized = (None, W) if isinstance(W, QuantizedTensor) else (W, None)
         ctx.save_for_backward(x, floats, A, B)
         ctx.scaling = scaling
