@@ -145,7 +145,7 @@ TIED = (
 def on_facts(
     name: str, sentence: str, source: str, rule: Rule, objection: str, studies: tuple[Study, ...] = ALL
 ) -> Claim:
-    general = "one small base of each kind, and two seeds of the larger"
+    general = "one small base of each kind, and three seeds of each"
     if P200 in studies:
         general += f"; {UNLEARNED}"
     return Claim(name, sentence, source, rule, studies, f"{objection}; {general}")
@@ -253,9 +253,9 @@ CLAIMS = [
         "LoRA holds fewer facts than full fine-tuning.",
         "Biderman et al. 2024, arXiv:2405.09673, abstract, of what is learned",
         apart("full", "seen", "lora r=8", "seen", 5),
-        "in facts-12, facts-48 and facts-chat both know 99 to 100 %, all that there is; in facts-200 the rate of full "
-        "fine-tuning, .01, is in doubt: its losses have no single valley (.001: 0.64, .003: 1.10, .01: 0.47, .03: "
-        "1.88), and 3e-4 was not tried",
+        "in facts-12, facts-48 and facts-chat both know 99 to 100 %, all that there is, but for one seed of LoRA in "
+        "facts-chat, 73 %; in facts-200 the rate of full fine-tuning, .01, is in doubt: its losses have no single "
+        "valley (.001: 0.64, .003: 1.10, .01: 0.47, .03: 1.88), and 3e-4 was not tried",
         (P12, P48, P200, P_CHAT),
     ),
     on_facts(
