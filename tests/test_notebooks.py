@@ -1,8 +1,11 @@
-"""The notebooks as committed: executed from top to bottom, without errors, small, and free of shell lines."""
+"""The notebooks as committed: executed from top to bottom, without errors, small, and written for today's package."""
 
+import ast
+import inspect
 import json
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -48,3 +51,56 @@ def test_who_opens_a_notebook_alone_is_told_what_it_needs(path):
     address = re.search(r'^Repository = "(.*)"$', PROJECT.read_text(encoding="utf-8"), re.MULTILINE).group(1)
     assert f'"git clone {address}\\npip install -e minilora"' in first and "raise SystemExit" in first
     assert not [cell for cell in cells if "colab-badge" in "".join(cell["source"])], "a badge to nowhere"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_names_what_there_is(path):
+    """Every `module.name` that the cells use exists, and every call of an imported function fits its signature."""
+    tree = ast.parse("\n\n".join(code_of(path)))
+    known = imported(tree)
+    faults = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(module := value_of(node.value, known), ModuleType):
+            if not hasattr(module, node.attr):
+                faults.append(f"{module.__name__} has no {node.attr}")
+        if isinstance(node, ast.Call) and (problem := misfit(value_of(node.func, known), node)):
+            faults.append(f"{ast.unparse(node)}: {problem}")
+    assert not faults, "\n".join(faults)
+
+
+def code_of(path: Path) -> list[str]:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def imported(tree: ast.Module) -> dict[str, object]:
+    """What the import lines bind, without the names that the notebook binds once more itself."""
+    lines = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    known: dict[str, object] = {}
+    exec(compile(ast.Module(lines, type_ignores=[]), "<imports>", "exec"), known)
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    own |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return {name: value for name, value in known.items() if name not in own}
+
+
+def value_of(node: ast.expr, known: dict[str, object]) -> object:
+    """The object behind `name` or `module.name`; None for what only the running notebook knows."""
+    if isinstance(node, ast.Name):
+        return known.get(node.id)
+    if isinstance(node, ast.Attribute) and isinstance(module := value_of(node.value, known), ModuleType):
+        return getattr(module, node.attr, None)
+    return None
+
+
+def misfit(function: object, call: ast.Call) -> str | None:
+    """Why the call's arguments do not fit a function or class of minilora, if they do not and that can be seen."""
+    ours = callable(function) and getattr(function, "__module__", "").startswith("minilora")
+    starred = any(isinstance(value, ast.Starred) for value in call.args) or any(not word.arg for word in call.keywords)
+    if not ours or starred:
+        return None
+    try:
+        inspect.signature(function).bind(*call.args, **{word.arg: word.value for word in call.keywords})
+    except TypeError as error:
+        return str(error)
+    return None
