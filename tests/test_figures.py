@@ -50,6 +50,34 @@ def test_names_of_curves_do_not_overlap():
     assert looks.apart([0.0, 0.01], 0.1) == pytest.approx([0, 0.1]), "none below the axes"
 
 
+def test_ticks_of_a_logarithmic_axis_do_not_overlap():
+    xs = [0.382 / 2**k for k in range(8)]
+    draw = dict(xlabel="x", ylabel="y", title="made up", log_x=True)
+    axes = notebook_figures.lines({"lora": (xs, xs)}, **draw).axes[0]
+    assert_apart(axes.get_xticklabels())
+    assert axes.get_xticklabels()[-1].get_text() == "0.382", "the last is named, and from there every second"
+    few = notebook_figures.lines({"lora": ([1, 2, 4], [1, 2, 4])}, **draw).axes[0]
+    assert [label.get_text() for label in few.get_xticklabels()] == ["1", "2", "4"], "where there is room, all are"
+
+
+def test_names_of_points_do_not_overlap():
+    case = next(case for case in ledger.find("overlap-subspaces") if case.scale == "tiny")
+    figure = ledger.CLAIMS["overlap-subspaces"].figure(case.title, ledger.reported(case.study, case.scale))
+    assert_apart(figure.axes[0].texts)
+
+
+def assert_apart(texts: list):
+    """No two texts of a figure that is drawn lie on each other."""
+    figure = texts[0].figure
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    boxes = [(text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in texts if text.get_text()]
+    assert len(boxes) > 1
+    for number, (name, box) in enumerate(boxes):
+        on = [other for other, its in boxes[:number] if box.overlaps(its)]
+        assert not on, f"{name!r} lies on {on}"
+
+
 def test_a_curve_is_named_at_its_end_and_otherwise_below_the_axes():
     whole, short = ([0, 1, 2], [3, 2, 1]), ([0, 1], [3, 2])
     draw = dict(xlabel="steps", ylabel="loss", title="made up")

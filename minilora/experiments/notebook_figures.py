@@ -23,6 +23,7 @@ from minilora.experiments.looks import (
     looks_of,
     new_figure,
     rows_downward,
+    width_of,
 )
 from minilora.experiments.pictures import Figure, redrawable
 from minilora.memory import KINDS
@@ -111,7 +112,10 @@ def lines(
         axes.set_xscale("log")
         places = sorted({x for values, _ in curves.values() for x in values})
         if len(places) < 10:
-            axes.set_xticks(places, [f"{x:.4g}" for x in places])
+            names = [f"{x:.4g}" for x in places]
+            crowded = sum(width_of(name) + 0.1 for name in names) > 0.8 * figure.get_figwidth()  # inches
+            named = range(len(names) - 1, -1, -2 if crowded else -1)
+            axes.set_xticks(places, [name if number in named else "" for number, name in enumerate(names)])
             axes.set_xticks([], minor=True)
         else:
             axes.xaxis.set_major_formatter("{x:g}")

@@ -21,9 +21,11 @@ from minilora.experiments.looks import (
     legend_below,
     new_figure,
     titled,
+    width_of,
 )
 from minilora.experiments.pictures import Figure, redrawable
 
+Box = tuple[float, float, float, float]
 WAYS = {  # arm and method: label, line and marker, colour
     ("apart", "sum"): ("sum, weights 1", ":v", GREY),
     ("apart", "linear"): ("sum, tuned weight", "-o", BLUE),
@@ -105,19 +107,44 @@ def pairs_over(statistic: str, title: str, runs: Mapping[str, Mapping[int, Mappi
     """Of each pair, the statistic and what the plain sum leaves of the gain in loss."""
     figure, (axes,) = new_figure(5.4, 3.4)
     records = list(runs["apart"].values())
+    points = {}
     for pair in gains_left(records[0], "sum"):
         x = mean(record["likeness"][pair][statistic] for record in records)
         y = 100 * mean(gains_left(record, "sum")[pair] for record in records)
-        axes.plot([x], [y], "o", color=BLUE, markersize=5)
-        short = "+".join(name[:3] for name in pair.split(" + "))
-        axes.annotate(short, (x, y), (4, 2), textcoords="offset points", fontsize="x-small")
+        points["+".join(name[:3] for name in pair.split(" + "))] = x, y
+    axes.plot(*zip(*points.values(), strict=True), "o", color=BLUE, markersize=5)
+    name_points(axes, points)
     found = [predicts(record, statistic) for record in records]
     low, middle, high = interval(found) if len(found) > 1 else (found * 3)
     axes.set(xlabel=STATISTICS[statistic], ylabel="of the gain in loss, left by the sum (%)")
-    axes.margins(x=0.12)
     rho = f"rank correlation with what is lost {middle:.2f} ({low:.2f} to {high:.2f})"
     axes.set_title(f"{textwrap.fill(title, 70)}\n{rho}", fontsize="small")
     return figure
+
+
+def name_points(axes, points: Mapping[str, tuple[float, float]]):
+    """Writes each point's name to the right of it, or left, below or above where it would lie on another."""
+    axes.margins(x=0.15)
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    wide, high = (0.8 * 72 * inches for inches in axes.figure.get_size_inches())  # of the axes, nearly, in points
+    place = {
+        name: ((x - left) / (right - left) * wide, (y - bottom) / (top - bottom) * high)
+        for name, (x, y) in points.items()
+    }
+    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in place.values()]  # boxes
+    for name, (x, y) in place.items():
+        width = 72 * width_of(name, 7) + 3
+        for dx, dy in ((5, 0), (-5 - width, 0), (-width / 2, -9), (-width / 2, 9), (5, -8), (5, 8), (-5 - width, -8)):
+            box = x + dx, y + dy - 4, x + dx + width, y + dy + 4
+            if not any(crossing(box, other) for other in taken):
+                break
+        taken.append(box)
+        axes.annotate(name, points[name], (dx, dy), textcoords="offset points", fontsize=7, va="center")
+
+
+def crossing(one: Box, other: Box) -> bool:
+    """Whether two boxes (left, bottom, right, top) have a place in common."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def pair_plot(statistic: str) -> Draw:
