@@ -9,9 +9,10 @@ Python and for the start of each operation. Three things are spared, and the fun
       [h_q; h_k; h_v] = [A_q; A_k; A_v] x        y_q = W_q x + s·B_q h_q, and so on
 
 - DoRA's norms ‖W + s·BA‖ do not change while text is generated. They, too, are computed once.
-- On a CPU the x of few tokens lies down, (in, N): W xᵀ instead of x Wᵀ. The product is the same, but the library of
-  matrix products shares W's rows among its threads, where standing it takes two to three times as long (MKL, measured).
-  A single token lies beside itself: the product with one column is another routine, which has one thread.
+- On a CPU the x of few tokens lies down, as columns (in, N), and W xᵀ is computed instead of x Wᵀ. The numbers are the
+  same, but for W xᵀ the library of matrix products (MKL, measured) shares W's rows among its threads; for x Wᵀ it takes
+  two to three times as long. A single token is put there twice, as two columns, because for one column the library has
+  another routine, which uses one thread.
 
 While a forward pass runs, `Prepared` puts these forms in place of the layers' own `forward`. A layer that it does not
 know stays as it is, as does every layer on a pass of many tokens, such as the prompt's.
