@@ -5,14 +5,22 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minilora.adapters.adapter import extract_adapter
 from minilora.adapters.dora import DoRALinear
-from minilora.adapters.inject import adapter_parameters, apply_lora, lora_layers, merge_lora, unmerge_lora
+from minilora.adapters.inject import (
+    adapter_parameters,
+    apply_lora,
+    lora_layers,
+    merge_lora,
+    remove_lora,
+    unmerge_lora,
+)
 from minilora.config import LoRAConfig
 from minilora.inference.bank import AdapterBank
-from minilora.inference.generate import stream
+from minilora.inference.generate import generate, stream
 from minilora.inference.prepared import LYING, MANY, Prepared
 from minilora.linear4bit import quantize_model
 from minilora.model import GPT, GPTConfig
@@ -106,36 +114,107 @@ def retrained(model):
     torch.optim.SGD([layer.lora_A], 1.0).step()
 
 
+def other_numbers(model):
+    """As `vector_to_parameters` does."""
+    factor = model.get_submodule(FIRST).lora_A
+    factor.data = factor.data + 1
+
+
+def other_base(model):
+    model.get_submodule(FIRST).base_layer = nn.Linear(16, 8, bias=False)
+
+
+class Twice(nn.Module):
+    def forward(self, W):
+        return 2 * W
+
+
+def replaced_forward(name):
+    def change(model):
+        layer = model.get_submodule(name)
+        forward = layer.forward
+        layer.forward = lambda x: 2 * forward(x)
+
+    return change
+
+
+def hooked(name, before=None, after=None):
+    """before: of a layer's x, after: of its y."""
+
+    def change(model):
+        layer = model.get_submodule(name)
+        if before is not None:
+            layer.register_forward_pre_hook(lambda _, inputs: (before(*inputs),))
+        if after is not None:
+            layer.register_forward_hook(lambda _, inputs, y: after(y))
+
+    return change
+
+
 CHANGES = {
     "switched off": off,
     "merged": merge_lora,
     "merged and switched off": lambda model: (merge_lora(model), off(model)),
     "merged and back": lambda model: (merge_lora(model), unmerge_lora(model)),
+    "removed": remove_lora,
     "A in place": changed_in_place("lora_A"),
     "B in place": changed_in_place("lora_B"),
     "m in place": changed_in_place("lora_magnitude_vector"),
+    "the start of A in place": changed_in_place("start_A"),
     "B another parameter": replaced,
+    "A with other numbers": other_numbers,
     "a step of an optimizer": retrained,
+    "scaling": lambda model: setattr(model.get_submodule(FIRST), "scaling", 9.0),
     "W in place": lambda model: model.get_submodule(FIRST).base_layer.weight.add_(0.1),
+    "another base layer": other_base,
+    "quantized": lambda model: quantize_model(model, Quantization(block_size=16)),
+    "rounded to bfloat16 and back": lambda model: model.bfloat16().float(),
+    "cast to float64": lambda model: model.double(),
+    "W parametrized": lambda model: register_parametrization(model.get_submodule(FIRST).base_layer, "weight", Twice()),
+    "forward replaced": replaced_forward(FIRST),
+    "the base layer's forward replaced": replaced_forward(FIRST + ".base_layer"),
+    "a hook on the base layer": hooked(FIRST + ".base_layer", after=lambda y: 2 * y),
+    "a hook before the base layer": hooked(FIRST + ".base_layer", before=lambda x: 2 * x),
+    "a hook on the layer": hooked(FIRST, after=lambda y: y.mul_(2)),
+    "a hook that makes another x": hooked(FIRST, before=lambda x: 2 * x),
+    "a hook that changes x for the next layer too": hooked(
+        FIRST.replace("v_proj", "k_proj"), before=lambda x: x.mul_(2)
+    ),
 }
 
 
-@pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "PiSSA"])
 @pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
-def test_a_change_between_two_passes_counts(change, use_dora):
-    if change == "m in place" and not use_dora:
-        pytest.skip("LoRA has no magnitude")
-    if change == "W in place" and use_dora:
-        pytest.skip("the norms are those of the W that the text began with")
-    model, ids = make(use_dora=use_dora), ids_of(2, 1)
+def test_a_change_between_two_passes_counts(change, kind):
+    if change == "m in place" and kind != "DoRA":
+        pytest.skip("only DoRA has a magnitude")
+    if change == "the start of A in place" and kind != "PiSSA":
+        pytest.skip("only PiSSA has a start")
+    model, ids = make(**KINDS[kind]), ids_of(2, 1)
     prepared = Prepared(model)
     assert_same(model, prepared, ids, "before")
     before = model(ids)
     CHANGES[change](model)
-    same = torch.equal(model(ids), before)
-    assert same == (change == "merged and back") or change == "merged", f"{change}: does the model change? {not same}"
+    here = {name for name, module in model.named_modules() if "forward" in vars(module)}
+    same = torch.equal(model(ids).float(), before)
+    unchanged = change == "merged and back"
+    assert same == unchanged or change == "merged", f"{change}: does the model change? {not same}"
     assert_same(model, prepared, ids, change)
+    left = {name for name, module in model.named_modules() if "forward" in vars(module)}
+    assert left == here, f"{change}: forwards of {left} are replaced after the pass, of {here} before"
+
+
+@torch.no_grad()
+def test_a_parameter_in_the_place_of_one_that_is_gone_is_another():
+    """An allocator may give the new one the same address."""
+    model, ids = make(), ids_of(2, 1)
+    prepared, layer = Prepared(model), model.get_submodule(FIRST)
+    for number in range(20):
+        layer.lora_A = layer.lora_B = None
+        layer.lora_A = nn.Parameter(torch.full((3, 16), number / 20), requires_grad=False)
+        layer.lora_B = nn.Parameter(torch.full((8, 3), number / 20), requires_grad=False)
+        assert_same(model, prepared, ids, f"parameters number {number}")
 
 
 def test_afterwards_the_layers_are_their_own_again_also_after_an_error():
@@ -174,6 +253,26 @@ def test_two_streams_of_one_model_do_not_disturb_each_other():
     streams = [stream(model, prompt, max_new_tokens=12) for prompt in prompts]
     in_turn = list(zip(*streams, strict=True))
     assert [list(each) for each in zip(*in_turn, strict=True)] == alone
+
+
+def test_a_model_made_in_inference_mode_generates():
+    """Its tensors do not count their changes."""
+    prompts, expected = [[1, 2, 3], [4]], generate(make(), [[1, 2, 3], [4]], 8)
+    with torch.inference_mode():
+        model = make()
+        assert generate(model, prompts, 8) == expected
+        prepared, ids = Prepared(model), ids_of(2, 1)
+        model.get_submodule(FIRST).lora_A.add_(1)
+        assert_same(model, prepared, ids, "A in place, in inference mode")
+    assert generate(make(), prompts, 8) == expected
+
+
+@torch.no_grad()
+def test_layers_by_themselves_take_an_x_of_no_rows():
+    layers = nn.ModuleDict({"q_proj": DoRALinear(nn.Linear(6, 4), 2, 4), "o_proj": nn.Linear(6, 4)})
+    with Prepared(layers):
+        shapes = [tuple(layer(torch.zeros(0, 1, 6)).shape) for layer in layers.values()]
+    assert shapes == [(0, 1, 4)] * 2, shapes
 
 
 def test_a_layer_that_somebody_listens_to_or_has_replaced_stays_as_it_is():

@@ -19,6 +19,7 @@ know stays as it is, as does every layer on a pass of many tokens, such as the p
 """
 
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class SharedInput:
     """
 
     x: Tensor | None  # what the others were made of
+    changes: int  # of x in place, as they were counted then
     rows: Tensor  # x standing, (N, in)
     columns: Tensor | None  # x lying down, (in, N), or (in, 2) of a single token; None where it stands
     h: Sequence[Tensor]  # of each layer A x, (r, N)
@@ -57,7 +59,8 @@ class SharedInput:
 
     def read(self, x: Tensor):
         """x (..., in)."""
-        self.x, self.rows = x, x.reshape(-1, x.shape[-1]).contiguous()  # (N, in)
+        self.x, self.changes = x, changes_of(x)
+        self.rows = x.reshape(-1, x.shape[-1]).contiguous()  # (N, in)
         if len(self.rows) <= LYING and x.dtype == torch.float32 and x.device.type == "cpu":
             self.columns = (torch.cat([self.rows, self.rows]) if len(self.rows) == 1 else self.rows).T
         else:
@@ -66,7 +69,7 @@ class SharedInput:
             self.h = (self.A @ self.rows.T).split(self.ranks)
 
     def forget(self):
-        self.x, self.rows, self.columns, self.h = None, torch.empty(0, 0), None, ()
+        self.x, self.changes, self.rows, self.columns, self.h = None, 0, torch.empty(0, 0), None, ()
 
 
 class PreparedLinear:
@@ -77,7 +80,8 @@ class PreparedLinear:
     """
 
     def __init__(self, layer: nn.Module, shared: SharedInput, place: int, B: Tensor | None, g: Tensor | None):
-        self.plain, self.shared, self.place, self.B, self.g = layer.forward, shared, place, B, g
+        self.plain: Any = MethodType(type(layer).forward, layer)
+        self.shared, self.place, self.B, self.g = shared, place, B, g
         self.base: Any = getattr(layer, "base_layer", layer)
         self.scaling: Any = getattr(layer, "scaling", 1.0)
         self.dtype = dtype_of(self.base)
@@ -86,9 +90,9 @@ class PreparedLinear:
         if not 0 < x.numel() <= MANY * x.shape[-1] or x.dtype != self.dtype:
             return self.plain(x)
         base, shared = self.base, self.shared
-        if x is not shared.x:
+        if x is not shared.x or changes_of(x) != shared.changes:
             shared.read(x)
-        W = base.weight if type(base) is nn.Linear else dequantize(base.quantized, x.dtype)
+        W = dequantize(base.quantized, x.dtype) if isinstance(base, Linear4bit) else base.weight
         if shared.columns is None:
             y = F.linear(shared.rows, W).T  # (out, N), as every y that follows
         else:
@@ -105,7 +109,8 @@ class PreparedLinear:
 class Prepared:
     """`with prepared:` around each forward pass of a model that generates, in eval mode and without gradients.
 
-    Where an adapter was changed, switched on or off or merged since the pass before, all is prepared anew.
+    Where an adapter or what it wraps was changed, switched on or off or merged since the pass before, all is prepared
+    anew. Only a change of numbers through `.data` goes unseen, because torch does not count it.
     """
 
     def __init__(self, model: nn.Module):
@@ -116,6 +121,8 @@ class Prepared:
     def prepare(self):
         self.adapted = [module for module in self.model.modules() if type(module) in ADAPTED]
         self.state = self.state_now()
+        # Kept alive with their numbers: else a later tensor could be where one of these was, and pass for it.
+        self.kept = [(tensor, tensor.detach()) for layer in self.adapted for tensor in tensors_of(layer)]
         self.forwards: dict[nn.Module, PreparedLinear] = {}
         self.inputs: list[SharedInput] = []
         for parent in self.model.modules():
@@ -136,12 +143,13 @@ class Prepared:
         self.inputs.append(shared)
 
     def state_now(self) -> list:
-        """Of the adapted layers, what their prepared forms depend on; a tensor counts its changes in `_version`."""
+        """Of the adapted layers, what their prepared forms depend on."""
         state: list = []
         for layer in self.adapted:
-            state += layer.enabled, layer._buffers["original_weight"] is None
-            for factor in layer._parameters.values():
-                state += id(factor), factor._version
+            base = layer._modules["base_layer"]
+            state += layer.enabled, layer.scaling, id(base), is_overheard(base)
+            for tensor in tensors_of(layer):
+                state += id(tensor), tensor.data_ptr(), changes_of(tensor)
         return state
 
     def __enter__(self):
@@ -149,13 +157,33 @@ class Prepared:
             self.prepare()
         if autocast_dtype(self.device) is None:
             for layer, forward in self.forwards.items():
-                vars(layer)["forward"] = forward
+                vars(layer).setdefault("forward", forward)  # one that somebody has put there since stays
 
     def __exit__(self, *error):
-        for layer in self.forwards:
-            vars(layer).pop("forward", None)
+        for layer, forward in self.forwards.items():
+            if vars(layer).get("forward") is forward:
+                del vars(layer)["forward"]
         for shared in self.inputs:
             shared.forget()
+
+
+def tensors_of(layer: Any) -> list[Tensor]:
+    """What the prepared form of an adapted layer is made of: A and B, and for DoRA m and W."""
+    owners: list[Any] = [layer, layer._modules["base_layer"]] if isinstance(layer, DoRALinear) else [layer]
+    return [t for owner in owners for own in (owner._parameters, owner._buffers) for t in own.values() if t is not None]
+
+
+def changes_of(tensor: Tensor) -> int:
+    """How often its numbers were changed in place; 0 for a tensor of `torch.inference_mode`, which does not count."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0
+
+
+def is_overheard(base: Any) -> bool:
+    """Whether somebody listens to this layer, or has replaced its forward."""
+    return bool(base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base))
 
 
 def base_of_banked(layer: nn.Module) -> nn.Module:
@@ -164,11 +192,15 @@ def base_of_banked(layer: nn.Module) -> nn.Module:
 
 
 def can_be_prepared(layer: Any) -> bool:
-    """Whether its function is known here, and nobody listens to its base layer or has replaced a forward."""
-    base = layer.base_layer if type(layer) in ADAPTED else layer
-    if type(base) not in (nn.Linear, Linear4bit) or (base is not layer and layer.merged and not layer.enabled):
+    """Whether its function is known here, its changes are counted, and nobody listens to its base layer or has replaced
+    a forward."""
+    if not isinstance(vars(layer).get("forward"), PreparedLinear | None):
         return False
-    return not (base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base) or "forward" in vars(layer))
+    if type(layer) not in ADAPTED:
+        return type(layer) in (nn.Linear, Linear4bit) and not (layer._forward_hooks or layer._forward_pre_hooks)
+    if type(layer.base_layer) not in (nn.Linear, Linear4bit) or is_overheard(layer.base_layer):
+        return False
+    return not (layer.merged and not layer.enabled) and not any(tensor.is_inference() for tensor in tensors_of(layer))
 
 
 def adapter_of(layer: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
