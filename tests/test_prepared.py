@@ -1,6 +1,9 @@
 """What generation prepares: the function of the layers as they are, of whatever kind, and whenever they change."""
 
+import copy
+import pickle
 from contextlib import nullcontext
+from threading import Thread
 
 import pytest
 import torch
@@ -253,6 +256,56 @@ def test_two_streams_of_one_model_do_not_disturb_each_other():
     streams = [stream(model, prompt, max_new_tokens=12) for prompt in prompts]
     in_turn = list(zip(*streams, strict=True))
     assert [list(each) for each in zip(*in_turn, strict=True)] == alone
+
+
+def test_two_threads_generate_with_one_model_and_do_not_disturb_each_other():
+    """The second generates in the middle of a pass of the first, between q, which reads x, and k."""
+    model, (first, second), found = make(), ([1, 2, 3], [7, 5]), []
+    expected = [generate(model, [prompt], 12) for prompt in (first, second)]
+    other = Thread(target=lambda: found.append(generate(model, [second], 12)))
+
+    def start_the_other(*_):
+        if other.ident is None:
+            other.start()
+            other.join()
+
+    model.get_submodule(FIRST.replace("v_proj", "k_proj")).register_forward_pre_hook(start_the_other)
+    found.append(generate(model, [first], 12))
+    assert found == expected[::-1], f"the second and the first say {found}, alone {expected[::-1]}"
+
+
+@torch.no_grad()
+def test_an_interrupt_while_the_forms_are_put_in_place_leaves_none():
+    class Interrupted(dict):
+        def items(self):
+            for number, item in enumerate(super().items()):
+                if number == 3 and self.pop("again", True):
+                    raise KeyboardInterrupt
+                yield item
+
+    model = make()
+    prepared = Prepared(model)
+    prepared.forwards = Interrupted(prepared.forwards)
+    with pytest.raises(KeyboardInterrupt), prepared:
+        pytest.fail("the pass began")
+    left = [name for name, module in model.named_modules() if "forward" in vars(module)]
+    assert not left, f"{len(left)} layers keep the form, {left[:1]} the first"
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+@torch.no_grad()
+def test_a_copy_made_during_a_pass_has_adapters_of_its_own(duplicate):
+    model, ids = make(), ids_of(2, 1)
+    with Prepared(model):
+        model(ids)
+        copied = duplicate(model)
+        for each in (model, copied):
+            each.get_submodule(FIRST).lora_A.add_(1)
+        found = copied(ids)
+    off = (found - model(ids)).abs().max().item()
+    assert off < 1e-5, f"the logits of the copy, changed alike, are off by {off:.1e}"
 
 
 def test_a_model_made_in_inference_mode_generates():

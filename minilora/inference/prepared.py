@@ -19,6 +19,7 @@ know stays as it is, as does every layer on a pass of many tokens, such as the p
 """
 
 from collections.abc import Sequence
+from threading import get_ident
 from types import MethodType
 from typing import Any
 
@@ -51,6 +52,7 @@ class SharedInput:
     rows: Tensor  # x standing, (N, in)
     columns: Tensor | None  # x lying down, (in, N), or (in, 2) of a single token; None where it stands
     h: Sequence[Tensor]  # of each layer A x, (r, N)
+    thread: int | None = None  # whose pass is under way
 
     def __init__(self, factors: Sequence[Tensor | None]):
         self.ranks = [0 if A is None else len(A) for A in factors]
@@ -70,6 +72,7 @@ class SharedInput:
 
     def forget(self):
         self.x, self.changes, self.rows, self.columns, self.h = None, 0, torch.empty(0, 0), None, ()
+        self.thread = None
 
 
 class PreparedLinear:
@@ -87,9 +90,9 @@ class PreparedLinear:
         self.dtype = dtype_of(self.base)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not 0 < x.numel() <= MANY * x.shape[-1] or x.dtype != self.dtype:
-            return self.plain(x)
         base, shared = self.base, self.shared
+        if not 0 < x.numel() <= MANY * x.shape[-1] or x.dtype != self.dtype or shared.thread != get_ident():
+            return self.plain(x)
         if x is not shared.x or changes_of(x) != shared.changes:
             shared.read(x)
         W = dequantize(base.quantized, x.dtype) if isinstance(base, Linear4bit) else base.weight
@@ -105,12 +108,18 @@ class PreparedLinear:
             y.add_(base.bias.to(x.dtype)[:, None])
         return y.T.view(*x.shape[:-1], -1)
 
+    def __reduce__(self):
+        """For `copy` and `pickle`: a model that is copied during a pass gets the layer's own forward."""
+        return getattr, (self.plain.__self__, "forward")
+
 
 class Prepared:
     """`with prepared:` around each forward pass of a model that generates, in eval mode and without gradients.
 
     Where an adapter or what it wraps was changed, switched on or off or merged since the pass before, all is prepared
     anew. Only a change of numbers through `.data` goes unseen, because torch does not count it.
+
+    Another thread that uses the model meanwhile meets the layers as they are.
     """
 
     def __init__(self, model: nn.Module):
@@ -155,9 +164,16 @@ class Prepared:
     def __enter__(self):
         if self.state_now() != self.state:
             self.prepare()
-        if autocast_dtype(self.device) is None:
+        if autocast_dtype(self.device) is not None:
+            return
+        try:
+            for shared in self.inputs:
+                shared.thread = get_ident()
             for layer, forward in self.forwards.items():
                 vars(layer).setdefault("forward", forward)  # one that somebody has put there since stays
+        except BaseException:  # a KeyboardInterrupt
+            self.__exit__()
+            raise
 
     def __exit__(self, *error):
         for layer, forward in self.forwards.items():
