@@ -269,6 +269,18 @@ def test_the_norms_of_an_adapted_weight_are_those_of_its_rows(quantized):
     torch.testing.assert_close(norms(layer, A, s * B.T), expected, rtol=1e-12, atol=0)
 
 
+def test_dora_s_row_of_zeros_is_no_number_divided_by_zero():
+    def pruned():
+        model, layer = base(), "model.layers.1.mlp.gate_proj"
+        with torch.no_grad():
+            model.get_submodule(layer).weight[1] = 0
+        return model
+
+    adapter = extract_adapter(apply_lora(pruned(), LoRAConfig(**CONFIGS["dora"])))
+    found, expected = AdapterBank(pruned(), {"pruned": adapter})(IDS[:2], ["pruned", None]), pruned()(IDS[:2])
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
 # Soft prompts and prefixes
 
 

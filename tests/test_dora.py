@@ -89,6 +89,25 @@ def test_it_starts_as_the_layer_it_wraps():
     assert_close(DoRALinear(base, 2, 3.0)(x), base(x), "at the start", 1e-6)
 
 
+@pytest.mark.parametrize("tokens", [FEW, MANY], ids=["few", "many"])
+def test_a_row_of_zeros_is_no_number_divided_by_zero(tokens):
+    """As pruning leaves them. The row is 0 at the start and stays so, and the other rows are trained."""
+    torch.manual_seed(0)
+    base, x = nn.Linear(6, 5).double().requires_grad_(False), torch.randn(*tokens, 6, dtype=torch.float64)
+    base.weight[1] = 0
+    layer = DoRALinear(base, 2, 3.0)
+    assert_close(layer(x), base(x), "at the start", 1e-12)
+    for _ in range(3):
+        layer(x).square().sum().backward()
+        for name, parameter in [(n, p) for n, p in layer.named_parameters() if p.requires_grad]:
+            assert parameter.grad.isfinite().all(), f"{tokens} tokens: gradient of {name} is {parameter.grad}"
+            parameter.data -= 0.1 * parameter.grad
+            parameter.grad = None
+    assert_close(layer(x)[..., 1], base(x)[..., 1], "the row of zeros after three steps", 1e-12)
+    assert (layer(x) - base(x))[..., 2].abs().max() > 1e-3, "the other rows are trained"
+    assert layer.delta_weight().isfinite().all()
+
+
 def test_norms_by_the_skinny_identity():
     layer = make_layer()
     V = layer.base_layer.weight + layer.scaling * layer.lora_B @ layer.lora_A

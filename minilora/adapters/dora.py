@@ -49,7 +49,8 @@ class FormedDirection(Function):
         gm = (rows * y).sum(0)  # Σ_n gy ⊙ y, (out,)
         if bias is not None:
             gm = gm - bias * rows.sum(0)
-        return gx, None, None, gA, gB, gm / m, None, None
+        gm = torch.where(m == 0, 0, gm / m)  # m begins at 0 where W's row is 0: so are its g and V x, and so they stay
+        return gx, None, None, gA, gB, gm, None, None
 
 
 class DoRALinear(FastLoRALinear):
@@ -71,12 +72,14 @@ class DoRALinear(FastLoRALinear):
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """‖W + s·BA‖ of each row, (out,), with W as it is now: `quantize_model` may have changed it."""
+        """‖W + s·BA‖ of each row, (out,), with W as it is now: `quantize_model` may have changed it. 1 for a row of
+        zeros, which has no direction and is 0 whatever its g."""
         W, (A, B), s = self.float_weight(), self.factors(), self.scaling
         with torch.autocast(W.device.type, enabled=False):  # a norm of three digits would scale the whole row
             cross = (W @ A.T * B).sum(1)  # (out, in) (in, r) ⊙ (out, r)
             square = (B @ (A @ A.T) * B).sum(1)
-            return (W.pow(2).sum(1) + 2 * s * cross + s**2 * square).clamp(min=0).sqrt()
+            norms = (W.pow(2).sum(1) + 2 * s * cross + s**2 * square).clamp(min=0).sqrt()
+        return norms.masked_fill(norms == 0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged or not self.enabled:

@@ -145,8 +145,10 @@ def common_rank(ranks: list[int]) -> int:
 
 @torch.no_grad()
 def norms(layer: nn.Linear | Linear4bit, A: Tensor, B: Tensor) -> Tensor:
-    """‖W + s·BA‖ of each row of the layer's W, (out,), in float32 at least. A (r, in), and s·Bᵀ as B (r, out)."""
+    """‖W + s·BA‖ of each row of the layer's W, (out,), in float32 at least; 1 for a row of zeros, as in DoRALinear.
+    A (r, in), and s·Bᵀ as B (r, out)."""
     dtype = torch.promote_types(layer.dtype if isinstance(layer, Linear4bit) else layer.weight.dtype, torch.float32)
     W = dequantize(layer.quantized, dtype) if isinstance(layer, Linear4bit) else layer.weight.to(dtype)  # (out, in)
     with torch.autocast(W.device.type, enabled=False):
-        return torch.addmm(W, B.T.to(W), A.to(W)).norm(dim=1)
+        found = torch.addmm(W, B.T.to(W), A.to(W)).norm(dim=1)
+    return found.masked_fill(found == 0, 1)
