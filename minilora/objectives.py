@@ -201,12 +201,14 @@ def with_reference(data: Any, model: nn.Module, batch_size: int = 16, precision:
     beforehand. A step then costs what one of cross entropy does, and no second model is needed, whatever is trained.
     """
     device, training = next(model.parameters()).device, model.training
-    model.eval()
     parts = []
-    for rows in torch.arange(len(data.input_ids)).split(batch_size):
-        ids, labels = (part.to(device).flatten(0, 1) for part in taken(data, rows)[:2])  # (2b, T)
-        parts.append(token_log_probs(model, ids, labels, precision).sum(1).view(-1, 2).cpu())
-    model.train(training)
+    try:
+        model.eval()
+        for rows in torch.arange(len(data.input_ids)).split(batch_size):
+            ids, labels = (part.to(device).flatten(0, 1) for part in taken(data, rows)[:2])  # (2b, T)
+            parts.append(token_log_probs(model, ids, labels, precision).sum(1).view(-1, 2).cpu())
+    finally:
+        model.train(training)
     return type(data)(data.input_ids, data.labels, (torch.cat(parts),))
 
 

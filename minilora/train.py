@@ -147,16 +147,18 @@ def evaluate_loss(
     """The mean loss over all of `data`, dropout off: by default nats per counted token."""
     objective.check(model, data, "the data to evaluate")
     device, training = next(model.parameters()).device, model.training
-    model.eval()
     total, counted = 0.0, 0
-    for rows in row_lengths(data.labels).argsort().split(batch_size):  # rows of like length have little padding
-        ids, labels, *more = (part.to(device) for part in taken(data, rows))
-        (piece,) = pieces_of(1, None, ids, next_token_targets(labels), *more)
-        known = objective.before(model, piece, precision)
-        logits = forward(model, piece.input_ids, piece.where, precision)  # (N, V)
-        total += objective.loss(logits, piece, known).item()
-        counted += objective.count(piece)
-    model.train(training)
+    try:
+        model.eval()
+        for rows in row_lengths(data.labels).argsort().split(batch_size):  # rows of like length have little padding
+            ids, labels, *more = (part.to(device) for part in taken(data, rows))
+            (piece,) = pieces_of(1, None, ids, next_token_targets(labels), *more)
+            known = objective.before(model, piece, precision)
+            logits = forward(model, piece.input_ids, piece.where, precision)  # (N, V)
+            total += objective.loss(logits, piece, known).item()
+            counted += objective.count(piece)
+    finally:
+        model.train(training)
     return total / counted
 
 

@@ -234,6 +234,21 @@ def test_a_reference_beforehand_gives_the_same_steps():
     assert gap < 1e-10, f"the two references should train the same weights, which differ by {gap:.2e}"
 
 
+@pytest.mark.parametrize(
+    "look", [lambda model: with_reference(pairs(), model), lambda model: evaluate_loss(model, rows(), 4)]
+)
+def test_a_look_at_the_model_that_is_interrupted_leaves_it_in_training(look):
+    model = small_model().train()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    model.lm_head.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        look(model)
+    assert model.training, "dropout would be off from now on"
+
+
 def test_full_fine_tuning_needs_no_second_model():
     torch.manual_seed(0)
     model = GPT(SHAPE).double()

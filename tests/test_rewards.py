@@ -145,7 +145,7 @@ def test_samples_follow_the_distribution_at_the_temperature(make_model, tokenize
 
 
 def test_a_sample_is_a_function_of_seed_and_weights_and_ends_with_the_end_token(make_model):
-    model = make_model().train()
+    model = make_model(dropout=0.5, random_B=True).train()
     torch.manual_seed(1)
     prompts, ends = [[4, 5], [6, 7, 8, 9], [10]] * 8, set(range(0, 800, 8))
     first = sample(model, prompts, 9, 1.0, 800, ends, seed=5)
@@ -158,6 +158,18 @@ def test_a_sample_is_a_function_of_seed_and_weights_and_ends_with_the_end_token(
         assert not ends & set(ids[:-1]), f"nothing comes after an end token: {ids}"
         assert ids[-1] in ends or len(ids) == 9, f"an answer ends with the end token or is cut: {ids}"
     assert len(lengths) > 2, f"answers of several lengths were expected, not {lengths}"
+
+
+def test_sampling_that_fails_leaves_every_module_in_its_mode(make_model):
+    model = make_model().train()
+    model.model.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    with pytest.raises(NonFiniteError):
+        sample(model, [[4, 5]], 3, 1.0, 800, (), seed=5)
+    changed = [name for name, module in model.named_modules() if module.training != before[name]]
+    assert not changed, f"{len(changed)} of {len(before)} modules are in another mode after an error"
 
 
 def test_a_batch_holds_exactly_what_was_drawn(make_model, rollouts, tokenizer):

@@ -17,9 +17,10 @@ Letters in the shape comments: B batch, T tokens, V vocab_size.
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minilora.adapters.prompts import Prompt
 from minilora.inference.prepared import Prepared
@@ -102,9 +103,7 @@ def _new_tokens(
     ids, padding = left_pad(prompts, device)  # (B, T) both
     generators, ends = row_generators(len(prompts), seed), end_ids(eos_id)
     running = set(range(len(prompts)))
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with in_eval_mode(model):
         new_cache = model.new_cache if isinstance(model, Prompt) else new_cache
         cache, prepared = KVCache(padding) if new_cache is None else new_cache(len(prompts), padding), Prepared(model)
         for _ in range(max_new_tokens):
@@ -120,6 +119,15 @@ def _new_tokens(
             if not running:
                 break
             ids = torch.tensor([[token] for token in tokens], device=device)  # (B, 1)
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, nothing is dropped; afterwards, also after an error, each module is in training again if it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
     finally:
         for module in training:
             module.training = True

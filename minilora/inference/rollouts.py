@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minilora.adapters.prompts import Prompt
 from minilora.dtypes import computing_in
-from minilora.inference.generate import end_ids, left_pad
+from minilora.inference.generate import end_ids, in_eval_mode, left_pad
 from minilora.inference.prepared import Prepared
 from minilora.model import KVCache
 from minilora.objectives import group_advantages
@@ -46,27 +46,26 @@ def sample(
 
     The draws come from a generator of their own, on the CPU: the same on every device, as far as the logits are. Raises
     NonFiniteError for logits that nothing can be drawn from."""
-    dice, training = torch.Generator().manual_seed(seed), model.training
+    dice = torch.Generator().manual_seed(seed)
     ids, padding = left_pad(prompts, model.model.embed_tokens.weight.device)  # (B, T) both
     cache = model.new_cache(len(prompts), padding) if isinstance(model, Prompt) else KVCache(padding)
     prepared = Prepared(model)
     drawn: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
-    model.eval()
-    for _ in range(max_new_tokens):
-        with computing_in(precision, ids.device.type), prepared:  # in the precision of the loss
-            logits = model.lm_head(model.model(ids, cache)[:, -1])[:, :vocab_size]  # (B, V)
-        if not logits.isfinite().all():
-            raise NonFiniteError("the logits to draw from are not finite: try a lower learning rate")
-        tokens = torch.multinomial((logits.double().cpu() / temperature).softmax(-1), 1, generator=dice)  # (B, 1)
-        for row in list(running):
-            drawn[row].append(int(tokens[row]))
-            if drawn[row][-1] in ends:
-                running.remove(row)
-        if not running:
-            break
-        ids = tokens.to(ids.device)
-    model.train(training)
+    with in_eval_mode(model):
+        for _ in range(max_new_tokens):
+            with computing_in(precision, ids.device.type), prepared:  # in the precision of the loss
+                logits = model.lm_head(model.model(ids, cache)[:, -1])[:, :vocab_size]  # (B, V)
+            if not logits.isfinite().all():
+                raise NonFiniteError("the logits to draw from are not finite: try a lower learning rate")
+            tokens = torch.multinomial((logits.double().cpu() / temperature).softmax(-1), 1, generator=dice)  # (B, 1)
+            for row in list(running):
+                drawn[row].append(int(tokens[row]))
+                if drawn[row][-1] in ends:
+                    running.remove(row)
+            if not running:
+                break
+            ids = tokens.to(ids.device)
     return drawn
 
 
