@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from minilora.adapters.inject import lora_layers
 from minilora.experiments import bench, bench_rows, peers, timing
 from minilora.experiments.bench import BenchSettings, format_bench, run_bench
 from minilora.experiments.bench_rows import BenchRow
@@ -126,6 +127,22 @@ def test_a_step_of_lora_is_held_against_full_fine_tuning_and_dora_against_lora(c
     expected = [share / full for share in shares.values()] + [(every + lengths) / every]
     found = [row.ratio for row in bench.training_steps(TINY) + bench.dora_step(TINY)]
     assert found == pytest.approx(expected), f"{list(shares)} over full and DoRA over LoRA: {expected}, not {found}"
+
+
+def test_decoding_holds_an_adapter_apart_against_a_merged_one(monkeypatch):
+    merged = []
+
+    def generate(model, prompts, new):
+        merged.append({layer.merged for _, layer in lora_layers(model)})
+
+    monkeypatch.setattr(bench, "generate", generate)
+    bench.decoding(replace(TINY, rounds=1))
+    assert merged == [{True}, {False}] * 2, f"merged first, then apart, not {merged}"
+
+
+def test_random_ids_are_the_seed_s():
+    first, again, other = (replace(TINY, seed=seed).random_ids(3, 9) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_actions_take_turns():

@@ -9,6 +9,7 @@ import torch
 
 from minilora import load_model, save_model
 from minilora.__main__ import main
+from minilora.adapters.inject import lora_layers
 from minilora.experiments import bench, bench_model, bench_ratios, peers
 from minilora.experiments.bench import BenchSettings
 from minilora.experiments.bench_model import FORMATS, english_rows, format_model_bench, resident_set, run_model_bench
@@ -128,6 +129,38 @@ def test_decoding_takes_as_many_rows_and_tokens_as_it_says(settings, monkeypatch
     monkeypatch.setattr(bench_ratios, "measure", measure)
     bench_ratios.decoding(settings)
     assert taken == {(1, 5), (3, 5, 5, 5)}, f"1 and 3 rows of 5 new tokens, not {taken}"
+
+
+def test_what_is_held_against_what(settings, monkeypatch):
+    """Decoding: merged, apart, bfloat16. Steps: float32, bfloat16 weights, float32 weights under autocast."""
+    decoded, steps = [], []
+
+    def generate(model, prompts, new):
+        merged = {layer.merged for _, layer in lora_layers(model)}
+        decoded.append((merged, model.lm_head.weight.dtype))
+
+    def step_of(model, ids, labels, precision="float32"):
+        return lambda: steps.append((model.lm_head.weight.dtype, precision))
+
+    monkeypatch.setattr(bench_ratios, "generate", generate)
+    monkeypatch.setattr(bench_ratios, "step_of", step_of)
+    bench_ratios.decoding(replace(settings, decoded_rows=(1,)))
+    bench_ratios.precisions(settings)
+    expected = [({True}, torch.float32), ({False}, torch.float32), (set(), torch.bfloat16)]
+    assert decoded[:3] == expected, decoded
+    expected = [(torch.float32, "float32"), (torch.bfloat16, "float32"), (torch.float32, "bfloat16")]
+    assert steps[:3] == expected, steps
+
+
+def test_the_resident_set_of_a_step_is_not_that_of_loading(settings, monkeypatch):
+    if resident_set() is None:
+        pytest.skip("this system has no /proc/self/status")
+    order = []
+    for name in ("forget_highest", "resident_set", "training_step"):
+        own = getattr(bench_model, name)
+        monkeypatch.setattr(bench_model, name, lambda *a, name=name, own=own: (order.append(name), own(*a))[1])
+    bench_model.memory_of_step(settings)
+    assert order[:4] == ["forget_highest", "resident_set", "training_step", "training_step"], order
 
 
 def test_the_bank_serves_what_its_rows_say(settings, monkeypatch):

@@ -114,6 +114,16 @@ def test_norms_by_the_skinny_identity():
     assert_close(layer.norms(), V.norm(dim=1), "row norms")
 
 
+def test_an_update_that_cancels_the_weight_has_norms_that_are_numbers():
+    """‖W‖² + 2s⟨W, BA⟩ + s²‖BA‖² is 0 but for rounding, and half of the rows are below it."""
+    torch.manual_seed(0)
+    layer = DoRALinear(nn.Linear(8, 64), 8, 8.0)
+    layer.lora_A.data, layer.lora_B.data = torch.linalg.qr(torch.randn(8, 8))[0], torch.empty(64, 8)
+    layer.lora_B.data = -layer.base_layer.weight.data @ layer.lora_A.data.T
+    norms = layer.norms()
+    assert norms.isfinite().all(), f"{(~norms.isfinite()).sum()} of 64 norms are no numbers"
+
+
 def test_autocast_does_not_round_the_norms():
     layer = make_layer(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

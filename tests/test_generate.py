@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minilora.inference.generate import generate
+from minilora.inference.generate import choose_tokens, generate, row_generators
 from minilora.model import GPT, GPTConfig
 
 VOCABULARY, LIMIT = 24, 32
@@ -112,6 +112,18 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it(model, top_p):
             expected[token] = probabilities[token]
             mass += probabilities[token]
     assert_drawn_from(frequencies(model, temperature=2.0, top_p=top_p), expected / mass)
+
+
+def test_top_p_that_is_reached_exactly_takes_no_token_more():
+    drawn = choose_tokens(torch.zeros(200, 4), 1.0, None, 0.5, row_generators(200, 0))
+    assert set(drawn.tolist()) == {0, 1}, f"two of four equal tokens make a half, and {set(drawn.tolist())} were drawn"
+
+
+def test_ids_that_stand_for_no_text_are_never_chosen(model):
+    for settings in (dict(), dict(temperature=3.0)):
+        free, cut = (generate(model, PROMPTS, 20, vocab_size=size, **settings) for size in (None, 9))
+        assert max(map(max, free)) >= 9, "the model would choose them"
+        assert max(map(max, cut)) < 9, f"{max(map(max, cut))} was chosen, and ids from 9 on are no tokens"
 
 
 def test_top_p_counts_what_top_k_left(model):

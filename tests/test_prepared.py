@@ -22,9 +22,12 @@ from minilora.adapters.inject import (
     unmerge_lora,
 )
 from minilora.config import LoRAConfig
+from minilora.experiments.bench import one_token
 from minilora.inference.bank import AdapterBank
 from minilora.inference.generate import generate, stream
 from minilora.inference.prepared import LYING, MANY, Prepared
+from minilora.inference.rollouts import sample
+from minilora.inference.serve import Request, serve
 from minilora.linear4bit import quantize_model
 from minilora.model import GPT, GPTConfig
 from minilora.quant import Quantization
@@ -374,6 +377,56 @@ def test_dora_s_norms_are_computed_before_and_not_in_a_pass(monkeypatch):
     monkeypatch.setattr(DoRALinear, "norms", lambda self: pytest.fail("norms are computed for a token"))
     with torch.no_grad(), prepared:
         model(ids_of(1, 1))
+
+
+WAYS = {
+    "generate": lambda model: generate(model, [[1, 2], [3]], 4),
+    "stream": lambda model: list(stream(model, [1, 2], 4)),
+    "sample": lambda model: sample(model, [[1, 2], [3]], 4, 1.0, 24, (), seed=0, precision="float32"),
+    "serve": lambda model: list(serve(AdapterBank(model), [Request([1, 2], None, 4)])),
+    "the bench's token": lambda model: torch.no_grad()(one_token(model, ids_of(1, 3)))(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_whatever_generates_does_so_prepared(way):
+    model, prepared = make(plain=True), []
+    inner = model.model.layers[1].mlp
+    inner.register_forward_hook(lambda *_: prepared.append("forward" in vars(inner.down_proj)))
+    with torch.no_grad():
+        WAYS[way](model)
+    assert prepared[-1], f"the last of {len(prepared)} passes of {way} is that of the plain layers"
+
+
+@torch.no_grad()
+def test_the_bench_s_token_is_always_the_same():
+    model, lengths = make(plain=True), []
+    model.model.register_forward_pre_hook(lambda _, inputs: lengths.append(len(inputs[1])))
+    decode = one_token(model, ids_of(2, 5))
+    for _ in range(3):
+        decode()
+    assert lengths == [0, 5, 5, 5], f"the passes had {lengths} tokens in the cache"
+
+
+class Loud(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@torch.no_grad()
+def test_a_layer_of_a_kind_of_its_own_keeps_its_forward():
+    model = make()
+    for place in (FIRST + ".base_layer", "lm_head"):
+        loud, linear = model.get_submodule(place), Loud(1, 1, bias=False)
+        linear.weight, linear.bias = loud.weight, loud.bias
+        model.set_submodule(place, linear)
+    assert_same(model, Prepared(model), ids_of(2, 1), "layers of a subclass")
+
+
+def test_what_is_prepared_has_no_gradient_graph():
+    prepared = Prepared(make().requires_grad_(True))
+    graphs = [shared.A for shared in prepared.inputs if shared.A is not None and shared.A.grad_fn is not None]
+    assert not graphs, f"{len(graphs)} of the A's of {len(prepared.inputs)} inputs keep a graph"
 
 
 def test_in_a_bank_the_base_layers_are_prepared():

@@ -1,14 +1,15 @@
 """Continuous batching, held against every request on a model of its own."""
 
 import functools
+from collections import deque
 
 import pytest
 import torch
 from test_bank import ADAPTERS, EVERY, LIMIT, VOCABULARY, alone, base, logits
 
 from minilora.inference.bank import AdapterBank
-from minilora.inference.generate import generate
-from minilora.inference.serve import Request, join, keep, serve
+from minilora.inference.generate import generate, row_generators
+from minilora.inference.serve import Request, Row, RunningBatch, join, keep, serve
 from minilora.model import KVCache
 
 RANDOM = torch.Generator().manual_seed(5)
@@ -60,6 +61,20 @@ def test_every_request_is_answered_once_as_if_alone(batch_size, slots, stops):
     assert early > 1 or not stops, "more than one answer must stop early"
     for number, tokens in answers:
         assert tokens == expected(eos_id)[number], f"request {number}, {REQUESTS[number]}"
+
+
+def test_a_row_without_an_adapter_needs_no_slot_and_one_that_left_holds_no_adapter():
+    bank = AdapterBank(base(), ADAPTERS, slots=1)
+    (random,) = row_generators(1, 0)
+    rows = [Row(number, Request([1], name, 5), random) for number, name in enumerate(("few", None))]
+    batch = RunningBatch(bank, 4)
+    batch.step(deque(rows))
+    assert batch.rows == rows, f"{len(batch.rows)} of 2 rows came in"
+    with pytest.raises(ValueError, match="in use"):
+        bank.remove("few")
+    batch.leave(rows[:1])
+    bank.remove("few")
+    batch.close()
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
