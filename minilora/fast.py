@@ -115,8 +115,14 @@ def dropout_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
     return bits >= threshold - 2**15, 1 - threshold / 2**16
 
 
+def is_overheard(layer: nn.Module) -> bool:
+    """Whether a hook listens to this layer, or somebody has replaced its forward."""
+    forward = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    return bool(forward or layer._backward_hooks or layer._backward_pre_hooks)
+
+
 class FastLoRALinear(LoRALinear):
-    """The same layer, faster. Where W + s·BA is formed, base_layer.forward does not run: put hooks on this layer."""
+    """The same layer, faster. Where W + s·BA is formed, base_layer.forward does not run."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled or self.merged:
@@ -134,7 +140,8 @@ class FastLoRALinear(LoRALinear):
         return self.base_layer.quantized if isinstance(self.base_layer, Linear4bit) else self.base_layer.weight
 
     def forming_pays(self, x: Tensor) -> bool:
-        """True where W + s·BA costs less than B(A x), and is exact, and W is frozen, and A is not (x is kept anyway).
+        """True where W + s·BA costs less than B(A x), and is exact, and W is frozen, and A is not (x is kept anyway),
+        and nobody listens to the base layer.
 
         Forming W + s·BA twice costs 2·r·in·out multiplications and spares N·r·(in + out). So it pays for more than
         N = 2·in·out / (in + out) tokens: the width of a square layer, 1.5 times the shorter side of a layer with sides
@@ -145,7 +152,7 @@ class FastLoRALinear(LoRALinear):
             return False  # asked first, because it is cheap and settles the matter where one token is decoded
         base, A = self.base_layer, self.lora_A
         frozen = not any(parameter.requires_grad for parameter in base.parameters())
-        if type(base) not in (nn.Linear, Linear4bit) or not frozen or not A.requires_grad:
+        if type(base) not in (nn.Linear, Linear4bit) or is_overheard(base) or not frozen or not A.requires_grad:
             return False
         dtype = x.dtype if isinstance(base, Linear4bit) else base.weight.dtype  # 4 bits have none of their own
         return x.dtype == dtype == A.dtype and dtype.itemsize >= 4 and autocast_dtype(x.device) is None

@@ -104,6 +104,23 @@ def wider_base(layer):
     layer.base_layer.double()
 
 
+def hook_on_base(layer):
+    layer.base_layer.register_forward_hook(lambda base, inputs, y: 2 * y)
+
+
+def hook_before_base(layer):
+    layer.base_layer.register_forward_pre_hook(lambda base, inputs: (2 * inputs[0],))
+
+
+def hook_on_base_s_gradient(layer):
+    layer.base_layer.register_full_backward_hook(lambda base, gx, gy: (2 * gx[0],) if gx[0] is not None else None)
+
+
+def other_forward_of_base(layer):
+    forward = layer.base_layer.forward
+    layer.base_layer.forward = lambda x: 2 * forward(x)
+
+
 def half_adapter(layer):
     layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.bfloat16(), layer.lora_B.data.bfloat16()
     layer.base_layer.bfloat16()
@@ -123,6 +140,10 @@ CASES = {
     "base in 4 bits, x wider than A": dict(layer=dict(dtype=torch.float32), change=in_4_bits, dtype=torch.float64),
     "base in 4 bits, autocast": dict(layer=dict(dtype=torch.float32), change=in_4_bits, run="autocast"),
     "base wider than A": dict(layer=dict(dtype=torch.float32), dtype=torch.float64, change=wider_base),
+    "a hook on the base": dict(change=hook_on_base),
+    "a hook before the base": dict(change=hook_before_base),
+    "a hook on the base's gradient": dict(change=hook_on_base_s_gradient),
+    "another forward of the base": dict(change=other_forward_of_base),
     "bfloat16": dict(layer=dict(dtype=torch.bfloat16)),
     "float16": dict(layer=dict(dtype=torch.float16)),
     "A in bfloat16 too": dict(layer=dict(dtype=torch.bfloat16), change=half_adapter),
@@ -260,6 +281,10 @@ def test_tokens_of_all_leading_dimensions_count_together():
         ("base in 4 bits, x wider than A", False),
         ("base in 4 bits, autocast", False),
         ("base wider than A", False),
+        ("a hook on the base", False),
+        ("a hook before the base", False),
+        ("a hook on the base's gradient", False),
+        ("another forward of the base", False),
         ("bfloat16", False),
         ("float16", False),
         ("A in bfloat16 too", False),

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from minilora.adapters.dora import DoRALinear
 from minilora.dtypes import autocast_dtype
-from minilora.fast import FastLoRALinear
+from minilora.fast import FastLoRALinear, is_overheard
 from minilora.inference.bank_layers import BankedLinear
 from minilora.linear4bit import Linear4bit
 from minilora.lora import LoRALinear
@@ -79,7 +79,7 @@ class PreparedLinear:
     """One layer's forward pass: y = g ⊙ (W x) + s·B h + bias, with h = A x from the shared input.
 
     layer: a LoRA layer of one of the kinds ADAPTED, an nn.Linear or a Linear4bit. place: which of the layers that share
-    the input. B (out, r), None for no adapter; g (out, 1), None for no DoRA, whose g is in B as well.
+    the input. B (out, r), None for no adapter; g (out, 1) for DoRA, whose B is multiplied by it already, else None.
     """
 
     def __init__(self, layer: nn.Module, shared: SharedInput, place: int, B: Tensor | None, g: Tensor | None):
@@ -195,11 +195,6 @@ def changes_of(tensor: Tensor) -> int:
         return tensor._version
     except RuntimeError:
         return 0
-
-
-def is_overheard(base: Any) -> bool:
-    """Whether somebody listens to this layer, or has replaced its forward."""
-    return bool(base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base))
 
 
 def base_of_banked(layer: nn.Module) -> nn.Module:
