@@ -141,6 +141,11 @@ def test_what_leaves_one_choice_is_greedy(model, settings):
     assert generate(model, PROMPTS, max_new_tokens=8, **settings) == expected
 
 
+def test_a_temperature_beyond_the_whole_numbers_of_torch_is_that_float(model):
+    drawn = [generate(model, PROMPTS, max_new_tokens=8, temperature=high) for high in (10**30, 1e30)]
+    assert drawn[0] == drawn[1]
+
+
 def test_a_top_k_beyond_the_vocabulary_keeps_all(model):
     settings = dict(max_new_tokens=8, temperature=1.0)
     assert generate(model, PROMPTS, top_k=10**6, **settings) == generate(model, PROMPTS, **settings)

@@ -165,7 +165,8 @@ def choose_tokens(logits: Tensor, temperature: float, top_k, top_p, generators: 
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits, order = logits.double().cpu().sort(dim=-1, descending=True, stable=True)  # likeliest first
-    logits = (logits - logits[:, :1]) / temperature  # 0 and below: even the smallest temperature makes no infinity - ∞
+    # 0 and below: even the smallest temperature makes no infinity - ∞. A float: torch has no whole numbers like 10^30.
+    logits = (logits - logits[:, :1]) / float(temperature)
     if top_k is not None:
         logits[:, top_k:] = -math.inf
     probabilities = logits.softmax(dim=-1)
