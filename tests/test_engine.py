@@ -170,6 +170,15 @@ def test_adapters_come_and_go_between_steps_and_stay_as_long_as_a_request_needs_
         submit(engine, LONG)
 
 
+def test_a_change_that_nobody_waits_for_any_more_is_not_made(bank, start):
+    slow, engine = Slow(bank), start()
+    submit(engine, LONG)
+    slow.steps.get(timeout=20)
+    assert engine.remove("one").cancel(), "it waits for the step under way"
+    slow.release()
+    assert answer(submit(engine, REQUESTS[0])[1])[0] == expected(None)[0] and "one" in bank.names
+
+
 def test_a_name_that_comes_back_with_other_weights_answers_with_these(bank, start):
     engine = start(batch_size=2)
     for adapter in (ADAPTERS["few"], ADAPTERS["all"], ADAPTERS["dora"]):

@@ -161,6 +161,8 @@ class Engine:
                 self._send(job, End("cancelled" if job.cancelled else "closed"))
             while self.calls:
                 function, future = self.calls.popleft()
+                if not future.set_running_or_notify_cancel():  # whoever asked has gone
+                    continue
                 try:
                     future.set_result(function())
                 except Exception as error:
