@@ -350,6 +350,21 @@ def test_adapters_are_loaded_and_unloaded_while_it_runs(chatty, adapters, tmp_pa
         assert client.post(COMPLETIONS, dict(model="one", prompt="Once", **GREEDY))[0] == 200
 
 
+def test_of_loads_that_come_together_one_wins_and_none_is_replaced(chatty, adapters):
+    with running(chatty, adapters) as (client, service):
+        begun = hold(service, gate := threading.Event())
+        body = dict(model="skill-1", prompt="Once", max_tokens=1)
+        with ThreadPoolExecutor(4) as pool:
+            answer = pool.submit(client.post, COMPLETIONS, body)
+            until(lambda: begun)  # so that all loads come before any is made
+            loads = [pool.submit(client.post, LOAD, dict(lora_name="a", lora_path=f"skill-{n}")) for n in (1, 2, 3)]
+            until(lambda: len(service.engine.calls) == 3)
+            gate.set()
+            found = sorted((load.result() for load in loads), key=lambda each: each[0])
+        assert [status for status, _ in found] == [200, 400, 400] and answer.result()[0] == 200
+        refused(found[1], 400, "an adapter 'a' already")
+
+
 def test_an_adapter_in_use_is_409_and_free_when_its_client_is_gone(chatty, few):
     with running(chatty, few, batch_size=1, max_new_tokens=LIMIT) as (client, service):
         hold(service)

@@ -108,8 +108,15 @@ class Engine:
             self.changed.notify()
 
     def add(self, name: str, folder: Path, force: bool = False) -> Future:
-        """Adds a saved adapter between two steps. The future raises as `AdapterBank.add` does."""
-        return self._call(lambda: self.bank.add(name, folder, force))
+        """Adds a saved adapter between two steps. The future raises as `AdapterBank.add` does, and ValueError for a
+        name that is there: requests that wait mean the adapter that they found."""
+
+        def add():
+            if name in self.bank.adapters:
+                raise ValueError(f"there is an adapter {name!r} already; remove it first")
+            self.bank.add(name, folder, force)
+
+        return self._call(add)
 
     def remove(self, name: str) -> Future:
         """Removes an adapter between two steps. The future raises InUse, and ValueError for an unknown name."""
