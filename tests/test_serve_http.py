@@ -233,6 +233,11 @@ def test_what_is_not_supported_is_named_and_what_asks_for_nothing_is_not(client,
     (name,) = field
     body = dict(model="tiny", prompt="a", **GREEDY)
     refused(client.post(COMPLETIONS, body | field), 400, name, param=name, code="unsupported_parameter")
+    options = dict(stream_options={name: field[name]})
+    refused(client.post(COMPLETIONS, body | options), 400, name, param=name, code="unsupported_parameter")
+    for path in (LOAD, UNLOAD):
+        fault = client.post(path, dict(lora_name="a", lora_path="skill-1") | field)
+        refused(fault, 400, "not supported", param=name if path == LOAD else "lora_path", code="unsupported_parameter")
     nothing = dict(n=1, echo=False, presence_penalty=0, logit_bias={}, suffix=None, user="me", top_p=None)
     assert client.post(COMPLETIONS, body | nothing)[0] == 200
 

@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from minilora.inference.engine import Busy, Closed, End, Event, InUse, Job
 from minilora.serving.answering import Answer, StoppedText
-from minilora.serving.reading import Asked, read_object, read_request, text_of
+from minilora.serving.reading import Asked, check_fields, read_object, read_request, text_of
 from minilora.serving.service import Refusal, Service
 
 GONE = 499  # what proxies write down for a client that did not wait; nobody reads it
@@ -47,12 +47,15 @@ def make_app(service: Service, hosts: list[str] | None = None) -> Starlette:
 
     async def load(request: Request) -> Response:
         body = read_object(await read_body(service, request))
+        check_fields(body, {"lora_name", "lora_path"})
         name, path = text_of(body, "lora_name"), text_of(body, "lora_path")
         await changed(lambda: service.load(name, path))
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload(request: Request) -> Response:
-        name = text_of(read_object(await read_body(service, request)), "lora_name")
+        body = read_object(await read_body(service, request))
+        check_fields(body, {"lora_name"})
+        name = text_of(body, "lora_name")
         await changed(lambda: service.unload(name))
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 

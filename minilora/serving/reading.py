@@ -6,7 +6,7 @@ answer that ignores half of the question looks like an answer.
 
 import json
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ UNHEARD = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key"}
 NOTHING = {"n": ["1"], "best_of": ["1"], "echo": ["false"], "suffix": ['""'], "logprobs": ["false"]}
 NOTHING |= dict.fromkeys(("presence_penalty", "frequency_penalty"), ["0", "0.0"])
 NOTHING |= {"logit_bias": ["{}"], "tools": ["[]"], "response_format": ['{"type": "text"}']}
+NOTHING |= {"load_inplace": ["false"], "include_obfuscation": ["false"]}
 SHORT = 16  # tokens of a completion that names no number, as at OpenAI
 STOPS, STOP_LENGTH = 16, 1000  # stop strings at most, and their letters
 
@@ -52,6 +53,14 @@ def read_object(body: bytes) -> dict[str, Any]:
     return {name: field for name, field in value.items() if field is not None}
 
 
+def check_fields(body: dict, known: Collection[str]):
+    """Raises Refusal for a field that is not known, and asks for something."""
+    for name, value in body.items():
+        if name not in known and json.dumps(value) not in NOTHING.get(name, ()):
+            fault = f"{name[:100]} {shown(value)} is not supported here"
+            raise Refusal(400, fault, name[:100], "unsupported_parameter")
+
+
 def text_of(body: dict, name: str) -> str:
     if not isinstance(text := body.get(name), str):
         raise Refusal(400, f"{name} is {shown(text)}; a string is required", name)
@@ -61,14 +70,11 @@ def text_of(body: dict, name: str) -> str:
 def read_request(service: Service, content: bytes, chat: bool) -> Asked:
     """Raises Refusal for everything that is wrong with it."""
     body = read_object(content)
-    for name, value in body.items():
-        if name not in KNOWN[chat] | UNHEARD and json.dumps(value) not in NOTHING.get(name, ()):
-            raise Refusal(
-                400, f"{name[:100]} {shown(value)} is not supported here", name[:100], "unsupported_parameter"
-            )
+    check_fields(body, KNOWN[chat] | UNHEARD)
     model = text_of(body, "model")
     adapter = service.adapter_of(model)
     options = _typed(body, "stream_options", {}, lambda it: isinstance(it, dict), "an object")
+    check_fields(options, {"include_usage"})
     prompt = _messages(service, body) if chat else _prompt(service, body)
     room = service.bank.model.config.max_position_embeddings - service.bank.virtual_tokens(adapter) - len(prompt)
     stop = body.get("stop", [])
