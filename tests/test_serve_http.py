@@ -342,7 +342,8 @@ def test_adapters_are_loaded_and_unloaded_while_it_runs(chatty, adapters, tmp_pa
             refused(client.post(LOAD, dict(lora_name="two", lora_path="two")), 400, "'two' already", param="lora_name")
             assert client.post(UNLOAD, dict(lora_name="two"))[0] == 200
             assert client.post(COMPLETIONS, body)[0] == 404
-        refused(client.post(UNLOAD, dict(lora_name="two")), 404, "'two'", param="model", code="model_not_found")
+        refused(client.post(UNLOAD, dict(lora_name="two")), 404, "'two'", param="lora_name", code="model_not_found")
+        refused(client.post(UNLOAD, dict(lora_name="tiny")), 400, "'tiny' is the base", param="lora_name")
         refused(client.post(LOAD, dict(lora_name="tiny", lora_path="two")), 400, "'tiny' already", param="lora_name")
         (folder / "link").symlink_to(tmp_path / "outside")
         for path in ("../outside", str(tmp_path / "outside"), "link", ".", "", "two/../..", "/", "a\0b"):

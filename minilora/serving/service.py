@@ -28,8 +28,8 @@ class Refusal(Exception):
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
-def unknown_model(name: str) -> Refusal:
-    return Refusal(404, f"there is no model {shown(name)}; GET /v1/models names all", "model", "model_not_found")
+def unknown_model(name: str, param: str = "model") -> Refusal:
+    return Refusal(404, f"there is no model {shown(name)}; GET /v1/models names all", param, "model_not_found")
 
 
 @dataclass
@@ -81,8 +81,11 @@ class Service:
         return self.engine.add(name, folder, self.force)
 
     def unload(self, name: str) -> Future:
+        """Removes an adapter. Raises Refusal for the base, and for a name that is not here."""
+        if name == self.base:
+            raise Refusal(400, f"{shown(name)} is the base, which stays", "lora_name")
         if name not in self.bank.adapters:
-            raise unknown_model(name)
+            raise unknown_model(name, "lora_name")
         return self.engine.remove(name)
 
 
