@@ -341,6 +341,16 @@ def test_adapters_and_prompts_take_each_other_s_names():
         bank(IDS[:1], ["b"])
 
 
+def test_a_prompt_that_goes_while_another_thread_looks_at_it_is_none():
+    class Leaving(dict):
+        def __contains__(self, name):
+            return super().__contains__(name) and (self.clear() or True)
+
+    bank = AdapterBank(base(), PROMPTS)
+    bank.prompts = Leaving(bank.prompts)
+    assert bank.virtual_tokens("soft") in (0, 3)
+
+
 def test_a_prompt_keeps_the_numbers_that_it_had_and_needs_no_slot():
     prompt = random_prompt(7, SoftPrompt, 3)
     bank = AdapterBank(base(), ADAPTERS | {"prompt": prompt, **PROMPTS}, slots=1)

@@ -190,7 +190,8 @@ class AdapterBank:
 
     def virtual_tokens(self, name: str | None) -> int:
         """The positions that the prompt of this name takes in front of its row: 0 for LoRA, and for None."""
-        return self.prompts[name].shape[3] if name in self.prompts else 0
+        prompt = self.prompts.get(name or "")  # one look: another thread may remove it (engine.py)
+        return 0 if prompt is None else prompt.shape[3]
 
     def new_cache(self, names: Sequence[str | None], padding: Tensor | None = None) -> KVCache:
         """The cache that rows with these adapters begin with, their prompts in it; padding (batch, T) is the texts'."""

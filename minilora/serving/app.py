@@ -22,7 +22,7 @@ from starlette.routing import Route
 from minilora.inference.engine import Busy, Closed, End, Event, InUse, Job
 from minilora.serving.answering import Answer, StoppedText
 from minilora.serving.reading import Asked, check_fields, read_object, read_request, text_of
-from minilora.serving.service import Refusal, Service
+from minilora.serving.service import Refusal, Service, unknown_model
 
 GONE = 499  # what proxies write down for a client that did not wait; nobody reads it
 
@@ -42,8 +42,10 @@ def make_app(service: Service, hosts: list[str] | None = None) -> Starlette:
 
     async def model(request: Request) -> Response:
         name = request.path_params["name"]
-        service.adapter_of(name)
-        return JSONResponse(next(model for model in service.models() if model["id"] == name))
+        for model in service.models():
+            if model["id"] == name:
+                return JSONResponse(model)
+        raise unknown_model(name)
 
     async def load(request: Request) -> Response:
         body = read_object(await read_body(service, request))
