@@ -99,10 +99,10 @@ def counted_places(targets: Tensor, counted_tokens: int | None = None) -> tuple[
 
 
 def pieces_of(count: int, counted_tokens: int | None, *batch: Tensor) -> list[Piece]:
-    """A batch as `count` micro-batches: input_ids and targets (B, T), or of pairs (B, 2, T), and what there is more of
-    each. counted_tokens: as in `training_step`."""
+    """A batch as `count` micro-batches, which differ by one row at most: input_ids and targets (B, T), or of pairs
+    (B, 2, T), and what there is more of each. counted_tokens: as in `training_step`."""
     pieces = []
-    for ids, targets, *more in zip(*(part.chunk(count) for part in batch), strict=True):
+    for ids, targets, *more in zip(*(part.tensor_split(count) for part in batch), strict=True):
         ids, targets = ids.flatten(0, -2), targets.flatten(0, -2)  # (b, T): a pair is two rows
         pieces.append(Piece(ids, targets, counted_places(targets, counted_tokens), tuple(more)))
     return pieces

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
-from minilora.distributed import own_randomness, rank, share, sum_gradients, total
+from minilora.distributed import own_randomness, rank, share, sum_gradients, total, world
 from minilora.dtypes import HALF_PRECISION, computing_in
 from minilora.rows import batch_of, pieces_of, row_lengths, taken
 from minilora.storage.training_state import load_training_state, run_identity, save_training_state
@@ -93,9 +93,7 @@ def next_token_targets(labels: Tensor) -> Tensor:
 
 
 def forward(model: nn.Module, input_ids: Tensor, where: tuple[Tensor, ...], precision: str) -> Tensor:
-    """input_ids (b, T) -> logits (N, V) at the places `where`, in float32 at least: a softmax's sum over V terms needs
-    the digits.
-    """
+    """input_ids (b, T) -> logits (N, V) at the places `where`, in float32 at least, as a softmax's sum over V needs."""
     with computing_in(precision, input_ids.device.type):
         logits = model(input_ids, where=where)
     return logits.float() if logits.dtype in HALF_PRECISION else logits
@@ -120,7 +118,8 @@ def training_step(
     Raises NonFiniteError, before the step is taken, when the loss or the gradient is not a finite number.
     """
     # All places before any forward: finding them waits for the device, which has nothing to do yet.
-    pieces = pieces_of(config.accumulation_steps, counted_tokens, *share(input_ids, next_token_targets(labels), *more))
+    count = min(config.accumulation_steps, len(input_ids) // world())  # a sharded base is gathered as often by each
+    pieces = pieces_of(count, counted_tokens, *share(input_ids, next_token_targets(labels), *more))
     counted = max(1, total(sum(map(objective.count, pieces))))  # a batch in which nothing counts has loss 0
     mean_loss = torch.zeros((), device=input_ids.device)
     for piece in pieces:

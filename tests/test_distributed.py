@@ -46,6 +46,7 @@ PLANS = {
     "checkpointed": replace(PLAN, gradient_checkpointing=True),
     "no clipping": replace(PLAN, max_grad_norm=1e9),
 }
+UNLIKE = (3, 9)  # rows of a batch in 3 pieces: of two processes one cannot make as many as the other, or would not
 
 
 def randomly(model):
@@ -97,6 +98,9 @@ def cases(folder: Path) -> dict:
     found["pairs"] = result(*trained("lora", data=rows(pairs=True), objective=Preference()))
     for name in ("full", "lora", "qlora"):
         found[f"sharded {name}"] = result(*trained(name, sharded=True))
+    for size in UNLIKE:
+        plan = replace(PLAN, batch_size=size, accumulation_steps=3)
+        found[f"sharded pieces {size}"] = result(*trained("lora", plan, sharded=True))
     return found
 
 
@@ -187,7 +191,7 @@ def alone(tmp_path_factory):
 
 
 NAMES = [f"method {name}" for name in METHODS] + [f"plan {name}" for name in PLANS] + ["few tokens", "pairs"]
-NAMES += ["sharded full", "sharded lora", "sharded qlora"]
+NAMES += ["sharded full", "sharded lora", "sharded qlora", *(f"sharded pieces {size}" for size in UNLIKE)]
 
 
 @pytest.mark.parametrize("name", NAMES)
