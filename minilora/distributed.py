@@ -36,6 +36,7 @@ from minilora.linear4bit import Linear4bit, quantized_layers
 Number = TypeVar("Number", int, Tensor)
 BUCKET = 2**22  # numbers that are sent at once: enough that few messages are needed, few enough to need little memory
 PATIENCE = 5  # seconds in which torchrun ends the other processes when one has failed
+GONE = ("by peer", "Broken pipe")  # how gloo says that a process no longer answers
 
 
 def world() -> int:
@@ -53,6 +54,7 @@ def processes(device: str) -> Iterator[None]:
     """The processes that torchrun has started, as a group: nccl where `device` is "cuda", else gloo.
 
     All but the first are silent. What fails in all of them is said once, by the first. Outside torchrun: nothing.
+    Raises ConnectionError where another process is gone.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
@@ -66,10 +68,12 @@ def processes(device: str) -> Iterator[None]:
             return
         with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
             yield
-    except Exception:
+    except Exception as error:
         if rank() > 0:
             time.sleep(PATIENCE)  # if process 0 has failed as well, it says so, and this process does not live to
             print(f"in process {rank()} of {world()}:", file=sys.stderr)
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in GONE):
+            raise ConnectionError("another process has ended, and this one cannot go on without it") from error
         raise
     finally:
         if sys.exc_info()[0] is None:  # after a failure the others may never answer

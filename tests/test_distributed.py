@@ -277,6 +277,16 @@ def test_one_process_writes_and_speaks(tmp_path):
     assert any(layer.lora_B.abs().max() > 0 for _, layer in lora_layers(model))
 
 
+@pytest.mark.parametrize("said", ["Connection closed by peer", "Connection reset by peer", "Broken pipe"])
+def test_a_process_that_is_gone_is_one_sentence(said, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
+    with pytest.raises(ConnectionError, match="another process has ended"), distributed.processes("cpu"):
+        raise RuntimeError(f"[gloo/transport/tcp/pair.cc:553] Read error: {said}. GLHF!")
+    with pytest.raises(RuntimeError, match="a fault of ours"), distributed.processes("cpu"):
+        raise RuntimeError("a fault of ours")
+
+
 def test_bad_input_is_refused_once(tmp_path, monkeypatch, capsys):
     done = torchrun(2, *COMMAND, "--out", str(tmp_path), "--batch-size", "1")  # refused by training, in all alike
     said = "error: a batch of 1 rows cannot be shared by 2 processes"
