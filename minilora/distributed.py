@@ -160,10 +160,10 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], device: str = "cpu") ->
 
     The model lies on the CPU, where there is room for it; only its pieces, and what stays whole, go to the device. So a
     device never holds more than a block in whole. Changes and returns the model; `unshard` is the way back. In one
-    process nothing changes.
+    process nothing is cut, and all of it goes to the device.
     """
     if world() == 1:
-        return model
+        return model.to(device)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

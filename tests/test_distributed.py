@@ -257,6 +257,7 @@ def test_alone_nothing_is_shared_summed_or_sent():
     assert distributed.total(loss) is loss and distributed.total(7) == 7
     model = built("lora")
     assert distributed.shard(model, model.model.layers) is model and distributed.unshard(model) is model
+    assert next(distributed.shard(built("lora"), [], "meta").parameters()).device.type == "meta"
     before = torch.get_rng_state()
     distributed.own_randomness(3, 4)
     assert torch.equal(torch.get_rng_state(), before), "one process goes on drawing as it did"
