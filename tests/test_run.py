@@ -282,6 +282,14 @@ def test_the_summary_of_a_fine_tune(make_experiment, monkeypatch, tmp_path):
     assert summary == expected, f"expected {expected}, got {summary}"
 
 
+def test_the_state_is_there_until_all_processes_have_come(make_experiment, tmp_path, monkeypatch):
+    there = []
+    state = tmp_path / "training_state.safetensors"
+    monkeypatch.setattr(run_file, "wait_for_all", lambda: there.append(state.exists()))
+    finetune(make_experiment(), tmp_path, progress=False)
+    assert there == [False, True] and not state.exists()
+
+
 def test_a_text_has_no_score_and_a_full_fine_tune_its_tokenizer(make_experiment, tmp_path):
     summary = finetune(make_experiment("full"), tmp_path, progress=False)
     assert summary["score"] is None and summary["loss_floor"] is None, f"a text has neither: {summary}"

@@ -252,6 +252,7 @@ def _finetune(experiment: Experiment, out: Path, resume: bool, progress: bool, o
         check_free(out / "base", (MODEL_WEIGHTS, MODEL_CONFIG, *companions), overwrite)
     wait_for_all()  # nothing is written before all have looked
     finished = run(experiment, state, resume, progress)
+    wait_for_all()  # the state goes when all have read it: a run may be resumed from its last step
     if rank() > 0:
         return {}
     model, base, dataset = finished.model, experiment.base, experiment.dataset
