@@ -15,7 +15,7 @@ import torch
 
 from minilora.command import HelpFormatter, Parser, run_command, unescape
 from minilora.config import LoRAConfig
-from minilora.distributed import processes
+from minilora.distributed import processes, started
 from minilora.dtypes import DTYPES, dtype_name
 from minilora.experiments import bench as benchmarks
 from minilora.experiments import bench_device, bench_model, device_report
@@ -287,7 +287,10 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["compare", *arguments]
-    return run_command(build_parser(), arguments)
+    parser = build_parser()
+    if started() > 1 and arguments[0] not in ("finetune", "-h", "--help"):
+        parser.error(f"{started()} processes would each do all of {arguments[0]}; torchrun is for finetune alone")
+    return run_command(parser, arguments)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,11 @@ def rank() -> int:
     return dist.get_rank() if world() > 1 else 0
 
 
+def started() -> int:
+    """How many processes torchrun has started, before they are a group; 1 outside torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 @contextmanager
 def processes(device: str) -> Iterator[None]:
     """The processes that torchrun has started, as a group: nccl where `device` is "cuda", else gloo.
@@ -56,7 +61,7 @@ def processes(device: str) -> Iterator[None]:
     All but the first are silent. What fails in all of them is said once, by the first. Outside torchrun: nothing.
     Raises ConnectionError where another process is gone.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if started() == 1:
         yield
         return
     if device == "cuda":

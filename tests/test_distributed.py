@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from minilora import distributed
-from minilora.__main__ import build_parser
+from minilora.__main__ import build_parser, main
 from minilora.adapters.inject import apply_lora, lora_layers
 from minilora.adapters.prompts import PrefixTuning
 from minilora.config import LoRAConfig
@@ -297,6 +297,15 @@ def test_bad_input_is_refused_once(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as left:
             build_parser().parse_args(["finetune", "--dropout", "7"])
         assert left.value.code == 2 and ("--dropout" in capsys.readouterr().err) is spoken
+
+
+@pytest.mark.parametrize("arguments", [[], ["compare", "--steps", "2"], ["memory"], ["merge"]])
+def test_a_verb_that_each_process_would_do_alone_is_refused(arguments, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    name = arguments[0] if arguments else "compare"
+    assert left.value.code == 2 and f"2 processes would each do all of {name}" in capsys.readouterr().err
 
 
 # What is simulated
