@@ -183,6 +183,14 @@ def test_held_back_is_what_may_begin_a_stop_string_and_nothing_else(chatty, stop
     assert "".join(out) == whole[:cut], f"stops {stops}: {out}"
 
 
+def test_of_two_stop_strings_in_one_token_the_one_that_is_complete_first_ends_the_text(chatty):
+    pieces = {token: chatty.decode([token]) for token in range(300, chatty.vocab_size)}
+    token, piece = next(item for item in pieces.items() if item[1].isalpha() and len(set(item[1])) == len(item[1]) > 2)
+    for stops in ([piece[2], piece[1]], [piece[1], piece[2]]):
+        text = StoppedText(chatty, stops)
+        assert text.add(token) + text.rest() == piece[:1] and text.stopped
+
+
 # What is refused
 
 
@@ -284,6 +292,24 @@ def test_other_refusals_have_their_status(client):
     refused(client.send("GET", "/v2"), 404, "/v2")
     refused(client.post(COMPLETIONS, b"{}", **{"Content-Type": "text/plain"}), 415, "application/json")
     assert client.send("GET", "/v1/models", Host="evil.example")[0] == 400
+
+
+def test_json_may_be_said_with_a_charset_and_in_capitals(client):
+    body = dict(model="tiny", prompt="a", **GREEDY)
+    assert client.post(COMPLETIONS, body, **{"Content-Type": "Application/JSON; charset=utf-8"})[0] == 200
+
+
+def test_an_adapter_that_goes_while_its_request_is_read_is_404(chatty, few, monkeypatch):
+    with running(chatty, few) as (client, service):
+        submit = service.engine.submit
+
+        def late(*request, **sampling):
+            service.engine.remove("skill-1").result(timeout=20)
+            return submit(*request, **sampling)
+
+        monkeypatch.setattr(service.engine, "submit", late)
+        body = dict(model="skill-1", prompt="a", **GREEDY)
+        refused(client.post(COMPLETIONS, body), 404, "'skill-1'", param="model", code="model_not_found")
 
 
 def test_a_body_without_a_length_is_measured_as_it_comes(client):
