@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 from contextlib import nullcontext
 from threading import Thread
 
@@ -25,7 +26,7 @@ from minilora.config import LoRAConfig
 from minilora.experiments.bench import one_token
 from minilora.inference.bank import AdapterBank
 from minilora.inference.generate import generate, stream
-from minilora.inference.prepared import LYING, MANY, Prepared
+from minilora.inference.prepared import LYING, MANY, Prepared, SharedInput
 from minilora.inference.rollouts import sample
 from minilora.inference.serve import Request, serve
 from minilora.linear4bit import quantize_model
@@ -212,15 +213,16 @@ def test_a_change_between_two_passes_counts(change, kind):
 
 
 @torch.no_grad()
-def test_a_parameter_in_the_place_of_one_that_is_gone_is_another():
-    """An allocator may give the new one the same address."""
+def test_no_parameter_can_take_the_place_of_one_that_is_gone():
+    """Its address is its name until the next pass has looked, and then it is free."""
     model, ids = make(), ids_of(2, 1)
     prepared, layer = Prepared(model), model.get_submodule(FIRST)
-    for number in range(20):
-        layer.lora_A = layer.lora_B = None
-        layer.lora_A = nn.Parameter(torch.full((3, 16), number / 20), requires_grad=False)
-        layer.lora_B = nn.Parameter(torch.full((8, 3), number / 20), requires_grad=False)
-        assert_same(model, prepared, ids, f"parameters number {number}")
+    gone = weakref.ref(layer.lora_A)
+    layer.lora_A = None
+    assert gone() is not None, "another parameter could have its address and pass for it"
+    layer.lora_A = nn.Parameter(torch.ones(3, 16), requires_grad=False)
+    assert_same(model, prepared, ids, "A another parameter")
+    assert gone() is None, "what is gone is kept for good"
 
 
 def test_afterwards_the_layers_are_their_own_again_also_after_an_error():
@@ -261,20 +263,33 @@ def test_two_streams_of_one_model_do_not_disturb_each_other():
     assert [list(each) for each in zip(*in_turn, strict=True)] == alone
 
 
-def test_two_threads_generate_with_one_model_and_do_not_disturb_each_other():
-    """The second generates in the middle of a pass of the first, between q, which reads x, and k."""
+def test_two_threads_generate_with_one_model_and_do_not_disturb_each_other(monkeypatch):
+    """The second generates in the middle of a pass of the first, between reading x and the product with W."""
     model, (first, second), found = make(), ([1, 2, 3], [7, 5]), []
     expected = [generate(model, [prompt], 12) for prompt in (first, second)]
-    other = Thread(target=lambda: found.append(generate(model, [second], 12)))
+    other, read = Thread(target=lambda: found.append(generate(model, [second], 12))), SharedInput.read
 
-    def start_the_other(*_):
+    def read_and_start_the_other(shared, x):
+        read(shared, x)
         if other.ident is None:
             other.start()
             other.join()
 
-    model.get_submodule(FIRST.replace("v_proj", "k_proj")).register_forward_pre_hook(start_the_other)
+    monkeypatch.setattr(SharedInput, "read", read_and_start_the_other)
     found.append(generate(model, [first], 12))
     assert found == expected[::-1], f"the second and the first say {found}, alone {expected[::-1]}"
+
+
+@torch.no_grad()
+def test_a_form_that_somebody_kept_from_a_pass_is_the_layer_s_own_afterwards():
+    model, x = make(), torch.randn(1, 1, 16)
+    layer = model.get_submodule(FIRST)
+    with Prepared(model):
+        model(ids_of(1, 1))
+        form = layer.forward
+    layer.lora_A.add_(1)
+    off = (form(x) - layer(x)).abs().max().item()
+    assert off < 1e-6, f"the kept form is off by {off:.1e}"
 
 
 @torch.no_grad()
@@ -329,6 +344,19 @@ def test_layers_by_themselves_take_an_x_of_no_rows():
     with Prepared(layers):
         shapes = [tuple(layer(torch.zeros(0, 1, 6)).shape) for layer in layers.values()]
     assert shapes == [(0, 1, 4)] * 2, shapes
+
+
+@pytest.mark.parametrize("dtype", BARS, ids=str)
+@torch.no_grad()
+def test_a_layer_in_4_bits_takes_an_x_of_any_dtype(dtype):
+    model = make(in_4_bits=True)  # of float32
+    layer, x = model.get_submodule(FIRST), torch.randn(2, 1, 16).to(dtype)
+    expected = layer(x)
+    with Prepared(model):
+        found = layer(x)
+    assert found.dtype == expected.dtype == dtype, f"{found.dtype}, expected {expected.dtype}"
+    off = (found - expected).abs().max().item()
+    assert off <= 1e-5, f"x of {dtype}: off by {off:.1e}"
 
 
 def test_a_layer_that_somebody_listens_to_or_has_replaced_stays_as_it_is():
