@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from minilora.adapters.inject import disable_lora, lora_layers
 from minilora.lora import LoRALinear
+from minilora.modes import in_eval_mode
 from minilora.ranges import BETA, NOT_NEGATIVE, POSITIVE
 from minilora.rows import counted_places, taken
 from minilora.storage.training_state import digest
@@ -200,15 +201,11 @@ def with_reference(data: Any, model: nn.Module, batch_size: int = 16, precision:
     """The same pairs with the log-probabilities that `model`, as it is now, gives them, (N, 2): a reference computed
     beforehand. A step then costs what one of cross entropy does, and no second model is needed, whatever is trained.
     """
-    device, training = next(model.parameters()).device, model.training
-    parts = []
-    try:
-        model.eval()
+    device, parts = next(model.parameters()).device, []
+    with in_eval_mode(model):
         for rows in torch.arange(len(data.input_ids)).split(batch_size):
             ids, labels = (part.to(device).flatten(0, 1) for part in taken(data, rows)[:2])  # (2b, T)
             parts.append(token_log_probs(model, ids, labels, precision).sum(1).view(-1, 2).cpu())
-    finally:
-        model.train(training)
     return type(data)(data.input_ids, data.labels, (torch.cat(parts),))
 
 

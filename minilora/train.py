@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from minilora.distributed import own_randomness, rank, share, sum_gradients, total, world
 from minilora.dtypes import HALF_PRECISION, computing_in
+from minilora.modes import in_eval_mode
 from minilora.rows import batch_of, pieces_of, row_lengths, taken
 from minilora.storage.training_state import load_training_state, run_identity, save_training_state
 from minilora.train_settings import (
@@ -145,10 +146,8 @@ def evaluate_loss(
 ) -> float:
     """The mean loss over all of `data`, dropout off: by default nats per counted token."""
     objective.check(model, data, "the data to evaluate")
-    device, training = next(model.parameters()).device, model.training
-    total, counted = 0.0, 0
-    try:
-        model.eval()
+    device, total, counted = next(model.parameters()).device, 0.0, 0
+    with in_eval_mode(model):
         for rows in row_lengths(data.labels).argsort().split(batch_size):  # rows of like length have little padding
             ids, labels, *more = (part.to(device) for part in taken(data, rows))
             (piece,) = pieces_of(1, None, ids, next_token_targets(labels), *more)
@@ -156,8 +155,6 @@ def evaluate_loss(
             logits = forward(model, piece.input_ids, piece.where, precision)  # (N, V)
             total += objective.loss(logits, piece, known).item()
             counted += objective.count(piece)
-    finally:
-        model.train(training)
     return total / counted
 
 

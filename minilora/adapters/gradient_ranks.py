@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from minilora.adapters.inject import find_targets, linear_layers, lora_layers
 from minilora.config import LoRAConfig
+from minilora.modes import in_eval_mode
 from minilora.train import forward, next_token_targets
 from minilora.train_settings import IGNORE
 
@@ -55,28 +56,29 @@ def gradient_energies(
     names = find_targets(list(layers), target_modules)
     if coded := [name for name in names if not hasattr(layers[name], "weight")]:
         raise ValueError(f"{coded[0]} is in 4 bits, and codes have no gradient; choose ranks on the base in floats")
-    device, training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
     pairs = [(ids.to(device), next_token_targets(labels).to(device)) for ids, labels in batches]
     if not (counted := sum(int((targets != IGNORE).sum()) for _, targets in pairs)):
         raise ValueError("no token of the batches counts in the loss, so there is no gradient")
     before, hooks = {p: p.requires_grad for p in model.parameters()}, []
     energies: dict[str, Tensor] = {}
-    model.eval().requires_grad_(False).zero_grad(set_to_none=True)
+    model.requires_grad_(False).zero_grad(set_to_none=True)
     try:
-        for name in names:
-            layers[name].weight.requires_grad_(True)
-        for left, (ids, targets) in zip(reversed(range(len(pairs))), pairs, strict=True):
-            for name in () if left else names:  # the last backward pass completes the sums over batches
-                hooks.append(layers[name].weight.register_post_accumulate_grad_hook(partial(keep, name, energies)))
-            where = (targets != IGNORE).nonzero(as_tuple=True)
-            logits = forward(model, ids, where, "float32")  # (N, V)
-            (F.cross_entropy(logits, targets[where], reduction="sum") / counted).backward()
+        with in_eval_mode(model):
+            for name in names:
+                layers[name].weight.requires_grad_(True)
+            for left, (ids, targets) in zip(reversed(range(len(pairs))), pairs, strict=True):
+                for name in () if left else names:  # the last backward pass completes the sums over batches
+                    hooks.append(layers[name].weight.register_post_accumulate_grad_hook(partial(keep, name, energies)))
+                where = (targets != IGNORE).nonzero(as_tuple=True)
+                logits = forward(model, ids, where, "float32")  # (N, V)
+                (F.cross_entropy(logits, targets[where], reduction="sum") / counted).backward()
     finally:
         for hook in hooks:
             hook.remove()
         for parameter, flag in before.items():
             parameter.requires_grad_(flag)
-        model.train(training).zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
     return {name: energies[name] for name in names}
 
 

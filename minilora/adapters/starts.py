@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.lora import LoRALinear
+from minilora.modes import in_eval_mode
 from minilora.quant import QLORA, Quantization, QuantizedTensor, dequantize, quantize
 
 
@@ -113,14 +114,13 @@ def eva_directions(
         sums[name] = X.T @ X + sums.get(name, 0)  # (in, in)
 
     hooks = [layer.register_forward_pre_hook(partial(add, name)) for name, layer in layers.items()]
-    training, device = model.training, next(model.parameters()).device
+    device = next(model.parameters()).device
     try:
-        model.eval()
-        for input_ids in batches.split(8) if isinstance(batches, Tensor) else batches:
-            model(input_ids.to(device))
-            tokens += input_ids.numel()
+        with in_eval_mode(model):
+            for input_ids in batches.split(8) if isinstance(batches, Tensor) else batches:
+                model(input_ids.to(device))
+                tokens += input_ids.numel()
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     directions = {}

@@ -17,14 +17,14 @@ Letters in the shape comments: B batch, T tokens, V vocab_size.
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minilora.adapters.prompts import Prompt
 from minilora.inference.prepared import Prepared
 from minilora.model import GPT, KVCache
+from minilora.modes import in_eval_mode
 from minilora.ranges import NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, TORCH_SEED
 
 BROKEN_LOGITS = "the model's logits hold NaN or infinity, so no token can be chosen; its weights are broken"
@@ -119,18 +119,6 @@ def _new_tokens(
             if not running:
                 break
             ids = torch.tensor([[token] for token in tokens], device=device)  # (B, 1)
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, nothing is dropped; afterwards, also after an error, each module is in training again if it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def end_ids(eos_id: int | Collection[int] | None) -> Collection[int]:

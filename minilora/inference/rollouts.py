@@ -18,9 +18,10 @@ from torch import Tensor
 
 from minilora.adapters.prompts import Prompt
 from minilora.dtypes import computing_in
-from minilora.inference.generate import end_ids, in_eval_mode, left_pad
+from minilora.inference.generate import end_ids, left_pad
 from minilora.inference.prepared import Prepared
 from minilora.model import KVCache
+from minilora.modes import in_eval_mode
 from minilora.objectives import group_advantages
 from minilora.ranges import GROUP_SIZE, NEW_TOKENS, POSITIVE
 from minilora.rows import batch_rows
