@@ -2,10 +2,13 @@
 
 Plain autograd over the formula makes six thin products, N·r·in or N·r·out, where `FormedWeight` makes four, passes
 several times over arrays of N·out numbers, and under dropout keeps a dropped copy of x for every layer. `FormedWeight`
-is for many tokens and `LowRankTerm` for few; `FastLoRALinear` chooses by counting multiplications.
+is for many tokens, `AddedInPlace` for dropout, and `LowRankTerm` for few tokens and every kind of base layer;
+`FastLoRALinear` chooses, between the first and the last by counting multiplications.
 
 Letters in the shape comments: N tokens (all leading dimensions of x), in and out features, r rank (2r after PiSSA).
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,8 @@ from minilora.dtypes import autocast_dtype
 from minilora.linear4bit import Linear4bit
 from minilora.lora import LoRALinear
 from minilora.quant import QuantizedTensor, dequantize
+
+PIECE = 2**18  # numbers that are dropped at once: 1 MB in float32, which a core's cache holds
 
 
 class FormedWeight(Function):
@@ -62,8 +67,13 @@ class FormedWeight(Function):
 
 def formed_weight(W: Tensor | QuantizedTensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """W + s·BA, (out, in), a new tensor. So are the floats of a W in 4 bits, and the update is added in their place."""
-    floats = dequantize(W, A.dtype) if isinstance(W, QuantizedTensor) else W
+    floats = floats_of(W, A.dtype)
     return torch.addmm(floats, B, A, alpha=scaling, out=None if floats is W else floats)
+
+
+def floats_of(W: Tensor | QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """W itself, or what its 4 bits stand for."""
+    return dequantize(W, dtype) if isinstance(W, QuantizedTensor) else W
 
 
 class LowRankTerm(Function):
@@ -103,6 +113,52 @@ class LowRankTerm(Function):
         return g, gx, gA, gB.to(B.dtype), None, None
 
 
+class AddedInPlace(Function):
+    """y = W x + b + s · (m ⊙ x) Aᵀ Bᵀ, with a frozen W and a dropout mask m: `LowRankTerm`'s products, fewer arrays.
+
+    W x + b is computed here, so nothing else needs it, and the update is added where it lies; in backward so is the
+    update's part of gx. On a CPU dropped copies are made in pieces of a few tokens, which stay in the cache. Arrays of
+    N·in numbers do not, and their memory goes back to the system and comes again page by page.
+
+    Saved for backward: x and W by reference, A x (r numbers a token) and the mask (one byte an element).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor | QuantizedTensor, bias, A: Tensor, B: Tensor, scaling: float, mask: Tensor):
+        floats, ctx.quantized = (None, W) if isinstance(W, QuantizedTensor) else (W, None)
+        y = F.linear(x, floats_of(W, x.dtype), bias)  # (..., out)
+        Ax = torch.cat([A @ dropped.T for _, dropped in dropped_pieces(x, mask)], dim=1)  # (r, N)
+        y.view(-1, y.shape[-1]).addmm_(Ax.T, B.T, alpha=scaling)
+        ctx.save_for_backward(x, floats, Ax, A, B, mask)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        x, floats, Ax, A, B, mask = ctx.saved_tensors
+        W = floats_of(ctx.quantized if floats is None else floats, g.dtype)
+        rows, keeps = g.reshape(-1, g.shape[-1]), mask.view(-1, mask.shape[-1])  # (N, out) and (N, in)
+        h = ctx.scaling * B.T @ rows.T  # (r, N)
+        gx = rows @ W if ctx.needs_input_grad[0] else None  # (N, in)
+        gA = torch.zeros_like(A)
+        for piece, dropped in dropped_pieces(x, mask):
+            if gx is not None:
+                gx[piece] += (h[:, piece].T @ A).mul_(keeps[piece])
+            gA.addmm_(h[:, piece], dropped)  # (r, n) (n, in)
+        gB = ctx.scaling * (Ax @ rows).T  # ((r, N) (N, out))ᵀ
+        return None if gx is None else gx.view_as(x), None, None, gA, gB, None, None
+
+
+def dropped_pieces(x: Tensor, mask: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of m ⊙ x, a few at a time: their place among all N, and their numbers (n, in), n·in of about PIECE."""
+    x, mask = x.reshape(-1, x.shape[-1]), mask.view(-1, mask.shape[-1])  # (N, in) both
+    n = max(1, PIECE // x.shape[-1] if x.device.type == "cpu" else len(x))
+    for first in range(0, max(1, len(x)), n):
+        piece = slice(first, first + n)
+        yield piece, x[piece] * mask[piece]
+
+
 def dropout_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
     """True where an element is kept, in x's shape, and the probability of that: 1 - p to 16 bits.
 
@@ -122,7 +178,7 @@ def is_overheard(layer: nn.Module) -> bool:
 
 
 class FastLoRALinear(LoRALinear):
-    """The same layer, faster. Where W + s·BA is formed, base_layer.forward does not run."""
+    """The same layer, faster. Where W is read here, base_layer.forward does not run."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled or self.merged:
@@ -132,6 +188,8 @@ class FastLoRALinear(LoRALinear):
         if not dropping and self.forming_pays(x):
             return FormedWeight.apply(x, self.weight_to_form, self.base_layer.bias, A, B, self.scaling)
         mask, kept = dropout_mask(x, self.lora_dropout) if dropping else (None, 1.0)
+        if dropping and self.is_plain(x):
+            return AddedInPlace.apply(x, self.weight_to_form, self.base_layer.bias, A, B, self.scaling / kept, mask)
         return LowRankTerm.apply(self.base_layer(x), x, A, B, self.scaling / kept, mask)
 
     @property
@@ -140,16 +198,22 @@ class FastLoRALinear(LoRALinear):
         return self.base_layer.quantized if isinstance(self.base_layer, Linear4bit) else self.base_layer.weight
 
     def forming_pays(self, x: Tensor) -> bool:
-        """True where W + s·BA costs less than B(A x), and is exact, and W is frozen, and A is not (x is kept anyway),
-        and nobody listens to the base layer.
+        """True where W + s·BA costs less than B(A x), and W can be read (`is_plain`).
 
         Forming W + s·BA twice costs 2·r·in·out multiplications and spares N·r·(in + out). So it pays for more than
         N = 2·in·out / (in + out) tokens: the width of a square layer, 1.5 times the shorter side of a layer with sides
-        1 : 3. False in half precision and under autocast: an update below 1/512 of a bfloat16 weight rounds away in it.
+        1 : 3.
         """
         tokens, features = x.numel() // self.in_features, self.in_features + self.out_features
-        if tokens * features <= 2 * self.in_features * self.out_features:
-            return False  # asked first, because it is cheap and settles the matter where one token is decoded
+        # The number is asked first, because it is cheap and settles the matter where one token is decoded.
+        return tokens * features > 2 * self.in_features * self.out_features and self.is_plain(x)
+
+    def is_plain(self, x: Tensor) -> bool:
+        """True where W is read here, at no loss, in place of base_layer.forward: W is frozen, A is not (x is kept
+        anyway), and nobody listens to the base layer.
+
+        False in half precision and under autocast: an update below 1/512 of a bfloat16 weight rounds away in it.
+        """
         base, A = self.base_layer, self.lora_A
         frozen = not any(parameter.requires_grad for parameter in base.parameters())
         if type(base) not in (nn.Linear, Linear4bit) or is_overheard(base) or not frozen or not A.requires_grad:

@@ -63,7 +63,11 @@ def twice(parts):
 BREAKS = {  # by path: where, what, and what it becomes
     "LoRA, many tokens": (fast, "FormedWeight", worse(5)),
     "LoRA, few tokens": (fast, "LowRankTerm", worse(4)),
-    "LoRA, dropout": (fast, "LowRankTerm", lambda real: SimpleNamespace(apply=lambda *a: real.apply(*a[:5], None))),
+    "LoRA, dropout": (
+        fast,
+        "AddedInPlace",
+        lambda real: SimpleNamespace(apply=lambda *a: real.apply(*a[:6], a[6] | 1)),
+    ),
     "DoRA, many tokens": (dora, "FormedDirection", worse(7)),
     "DoRA, few tokens": (dora, "LowRankTerm", worse(4)),
     "DoRA, dropout": (dora.DoRALinear, "norms", scaled),

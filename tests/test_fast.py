@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from minilora.fast import FastLoRALinear, FormedWeight, LowRankTerm, dropout_mask
+from minilora import fast
+from minilora.fast import AddedInPlace, FastLoRALinear, FormedWeight, LowRankTerm, dropout_mask
 from minilora.linear4bit import Linear4bit
 from minilora.lora import LoRALinear
 from minilora.quant import quantize
@@ -49,7 +50,7 @@ def form_of(output):
     return type(output.grad_fn).__name__.removesuffix("Backward")
 
 
-# The two forms against finite differences
+# The three forms against finite differences
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -74,6 +75,22 @@ def test_derivatives_of_the_low_rank_term(masked, needs_input_gradient, frozen):
     assert_derivatives(
         lambda base, x, A, B: LowRankTerm.apply(base, x, A, B, 1.5, mask),
         base=base,
+        x=x,
+        A=layer.lora_A,
+        B=layer.lora_B,
+    )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("needs_input_gradient", [True, False])
+@pytest.mark.parametrize("tokens_in_a_piece", [1, 5, 12], ids=str)
+def test_derivatives_of_what_is_added_in_place(bias, needs_input_gradient, tokens_in_a_piece, monkeypatch):
+    monkeypatch.setattr(fast, "PIECE", tokens_in_a_piece * IN)
+    layer = make_layer(bias=bias)
+    base, x = layer.base_layer, torch.randn(3, 4, IN, dtype=torch.float64, requires_grad=needs_input_gradient)
+    mask = torch.rand(3, 4, IN) > 0.3
+    assert_derivatives(
+        lambda x, A, B: AddedInPlace.apply(x, base.weight, base.bias, A, B, 1.5, mask),
         x=x,
         A=layer.lora_A,
         B=layer.lora_B,
@@ -250,6 +267,12 @@ def test_many_tokens_form_the_weight_and_few_do_not():
     assert (form_of(few), form_of(many)) == ("LowRankTerm", "FormedWeight")
 
 
+def test_with_dropout_the_update_is_added_in_place_whatever_the_number_of_tokens():
+    layer = make_layer(FastLoRALinear, dropout=0.3)
+    few, many = (layer(torch.randn(*shape, IN, dtype=torch.float64)) for shape in (FEW, MANY))
+    assert (form_of(few), form_of(many)) == ("AddedInPlace", "AddedInPlace")
+
+
 @pytest.mark.parametrize("shape", [(6, 5), (12, 4), (4, 12), (8, 8), (30, 10), (1, 50)], ids=str)
 @pytest.mark.parametrize("started", [False, True])
 def test_forming_pays_from_the_counted_tokens_on(shape, started):
@@ -292,15 +315,16 @@ def test_tokens_of_all_leading_dimensions_count_together():
         ("autocast, float64", False),
     ],
 )
-def test_the_weight_is_formed_only_where_that_is_exact_and_saves_something(case, pays):
+@pytest.mark.parametrize(("dropout", "form"), [(0.0, "FormedWeight"), (0.3, "AddedInPlace")])
+def test_the_weight_is_read_only_where_that_is_exact_and_saves_something(case, pays, dropout, form):
     options, dtype, change, run = (CASES[case].get(key) for key in ("layer", "dtype", "change", "run"))
-    fast = make_layer(FastLoRALinear, **(options or {}))
-    dtype = dtype or fast.base_layer.weight.dtype
+    layer = make_layer(FastLoRALinear, **(options or {}) | {"dropout": dropout})
+    dtype = dtype or layer.base_layer.weight.dtype
     if change is not None:
-        change(fast)
+        change(layer)
     with torch.autocast("cpu", torch.bfloat16, enabled=run == "autocast"):
-        form = form_of(fast(torch.randn(*MANY, IN, dtype=dtype)))
-    assert form == ("FormedWeight" if pays else "LowRankTerm"), f"{case}: computed by {form}"
+        found = form_of(layer(torch.randn(*MANY, IN, dtype=dtype)))
+    assert found == (form if pays else "LowRankTerm"), f"{case}: computed by {found}"
 
 
 @pytest.mark.parametrize("bias_trained", [False, True])
@@ -397,6 +421,38 @@ def test_with_a_frozen_x_is_not_kept(tokens, dropout, started):
     assert kept == expected, f"{kept} bytes kept, {expected} expected; x takes {x.nbytes}"
 
 
+def test_under_dropout_no_array_as_large_as_x_is_made_but_its_gradient(monkeypatch):
+    monkeypatch.setattr(fast, "PIECE", 10 * 40)  # ten tokens
+    layer = make_layer(FastLoRALinear, dropout=0.5, in_features=40, out_features=30)
+    x = torch.randn(100, 40, dtype=torch.float64, requires_grad=True)
+    outputs = []
+    forward = new_bytes(lambda: outputs.append(layer(x)), [x])
+    wanted = [x, layer.lora_A, layer.lora_B]
+    backward = new_bytes(lambda: torch.autograd.grad(outputs[0].sum(), wanted), [x])
+    assert [size for size in forward if size >= x.nbytes] == [], f"x takes {x.nbytes} bytes, forward makes {forward}"
+    assert [size for size in backward if size >= x.nbytes] == [x.nbytes], f"x takes {x.nbytes}, backward {backward}"
+
+
+def new_bytes(run, known):
+    """The sizes of the storages that operations make, without those of known tensors."""
+    sizes = {}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else [result]:
+                sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+                alive.append(tensor)  # or another could take its place
+            return result
+
+    alive = []
+    with Watch():
+        run()
+    for tensor in known:
+        sizes.pop(tensor.untyped_storage()._cdata, None)
+    return sorted(sizes.values())
+
+
 def products_of(run):
     """The shapes of all matrix products."""
     shapes = []
@@ -413,9 +469,10 @@ def products_of(run):
     return shapes
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("tokens", [3, 50])
-def test_no_input_gradient_is_computed_where_none_is_asked(tokens):
-    layer = make_layer(FastLoRALinear)
+def test_no_input_gradient_is_computed_where_none_is_asked(tokens, dropout):
+    layer = make_layer(FastLoRALinear, dropout=dropout)
     output = layer(torch.randn(tokens, IN, dtype=torch.float64))
     shapes = products_of(lambda: output.sum().backward())
     assert (tokens, IN) not in shapes, f"products of shapes {shapes}, and ({tokens}, {IN}) is the input's gradient"
@@ -431,11 +488,13 @@ def test_a_s_gradient_is_not_computed_where_a_is_frozen(tokens):
     assert layer.lora_A.grad is None
 
 
-def test_the_weight_gradient_is_never_computed():
-    layer = make_layer(FastLoRALinear, in_features=9, out_features=7)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_weight_gradient_is_never_computed(dropout):
+    layer = make_layer(FastLoRALinear, dropout=dropout, in_features=9, out_features=7)
     output = layer(torch.randn(50, 9, dtype=torch.float64, requires_grad=True))
     shapes = products_of(lambda: output.sum().backward())
-    assert shapes.count((7, 9)) == 1, f"products of shapes {shapes}; W + sBA is formed once, and gW would be (7, 9) too"
+    formed = 0 if dropout else 1  # W + sBA, and gW would be (7, 9) too
+    assert shapes.count((7, 9)) == formed, f"products of shapes {shapes}; (7, 9) should be there {formed} times"
 
 
 @both
