@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -207,6 +207,9 @@ def unshard(model: nn.Module) -> nn.Module:
     It cannot train or answer any more. Changes and returns the model.
     """
     full: dict[nn.Parameter, nn.Parameter] = {}  # a tied head is one parameter in two places
+    units: list[Any] = [module for module in model.modules() if hasattr(module, "reshard")]
+    for unit in units:  # what is in no block is whole since the last forward, in every process
+        unit.reshard()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if is_sharded(parameter) and parameter not in full:

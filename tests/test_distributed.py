@@ -98,6 +98,9 @@ def cases(folder: Path) -> dict:
     found["pairs"] = result(*trained("lora", data=rows(pairs=True), objective=Preference()))
     for name in ("full", "lora", "qlora"):
         found[f"sharded {name}"] = result(*trained(name, sharded=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "BUCKET", 100)  # several messages a step, some of one gradient alone
+        found["small buckets"] = result(*trained("lora"))
     for size in UNLIKE:
         plan = replace(PLAN, batch_size=size, accumulation_steps=3)
         found[f"sharded pieces {size}"] = result(*trained("lora", plan, sharded=True))
@@ -131,6 +134,10 @@ def in_company(folder: Path) -> dict:
     distributed.wait_for_all()
     again, _ = trained("dropping", replace(PLAN, steps=4, save_every=2), state_path=state, resume=True)
     found["resumed"] = max((whole[name] - again[name]).abs().max().item() for name in whole)
+    lonely = torch.nn.Parameter(torch.zeros(2))
+    lonely.grad = torch.ones(2) if rank == 0 else None
+    distributed.sum_gradients([lonely])
+    found["lonely"] = lonely.grad.tolist()
     distributed.own_randomness(0, 7)
     found["drawn"] = torch.rand(3).tolist()
     wild = built("lora")
@@ -190,7 +197,11 @@ def alone(tmp_path_factory):
     return cases(tmp_path_factory.mktemp("alone"))
 
 
-NAMES = [f"method {name}" for name in METHODS] + [f"plan {name}" for name in PLANS] + ["few tokens", "pairs"]
+NAMES = (
+    [f"method {name}" for name in METHODS]
+    + [f"plan {name}" for name in PLANS]
+    + ["few tokens", "pairs", "small buckets"]
+)
 NAMES += ["sharded full", "sharded lora", "sharded qlora", *(f"sharded pieces {size}" for size in UNLIKE)]
 
 
@@ -213,6 +224,15 @@ def test_a_resumed_run_with_dropout_is_the_run_that_was_not_killed(two):
     assert [each["company"]["resumed"] for each in found] == [0, 0]
     first, second = (each["company"]["drawn"] for each in found)
     assert first != second, "each process draws masks of its own"
+
+
+def test_a_gradient_that_one_process_does_not_have_counts_as_zero_there(two):
+    assert [each["company"]["lonely"] for each in two[1]] == [[1, 1], [1, 1]]
+
+
+def test_a_model_that_was_sharded_is_whole_in_the_first_process_alone(two):
+    weights = two[1][1]["cases"]["sharded full"]["weights"]
+    assert all(len(weight) == 0 for weight in weights.values()), "the second one needs memory for its pieces alone"
 
 
 def test_only_the_first_process_writes(two):
