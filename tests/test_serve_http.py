@@ -10,14 +10,18 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from serving_client import LIMIT, TEMPLATE, Client, a_base, running, text_alone, write_adapters
 
 from minilora.__main__ import main
 from minilora.inference.bank import AdapterBank
+from minilora.serving import server
 from minilora.serving.answering import StoppedText
-from minilora.serving.service import open_bank
+from minilora.serving.reading import read_request
+from minilora.serving.service import Refusal, is_adapter, open_bank
+from minilora.storage.folders import WRITTEN
 from minilora.text.tokenizer import open_tokenizer
 
 pytest.importorskip("starlette")
@@ -343,6 +347,36 @@ def test_a_body_that_does_not_come_is_not_waited_for(chatty):
         slow.close()
 
 
+def test_a_request_ends_at_the_tokenizer_s_ends_and_at_its_own(served, chatty):
+    body = json.dumps(dict(model="tiny", prompt="a", stop_token_ids=[7])).encode()
+    assert chatty.end_ids and read_request(served[1], body, chat=False).sampling["ends"] == chatty.end_ids | {7}
+
+
+def test_a_prompt_s_virtual_tokens_take_room(served, monkeypatch):
+    monkeypatch.setattr(served[1].bank, "virtual_tokens", lambda name: 100)
+    for length in (LIMIT - 101, LIMIT - 100):
+        body = json.dumps(dict(model="skill-1", prompt=[7] * length, max_tokens=1)).encode()
+        if length < LIMIT - 100:
+            read_request(served[1], body, chat=False)
+        else:
+            with pytest.raises(Refusal, match=f"end at {LIMIT - 100}"):
+                read_request(served[1], body, chat=False)
+
+
+def test_a_server_that_forces_loads_what_another_refuses(served, monkeypatch):
+    _, service = served
+    monkeypatch.setattr(service.engine, "add", lambda name, folder, force: force)
+    monkeypatch.setattr(service, "force", True)
+    assert service.load("new", "skill-1") is True
+
+
+def test_an_adapter_that_is_being_moved_into_place_is_one(tmp_path):
+    (tmp_path / WRITTEN).mkdir()
+    assert not is_adapter(tmp_path)
+    (tmp_path / WRITTEN / "adapter_config.json").write_text("{}")
+    assert is_adapter(tmp_path)
+
+
 def test_a_base_without_a_template_completes_and_does_not_chat(tokenizer):
     with running(tokenizer) as (client, _):
         messages = [{"role": "user", "content": "Hi"}]
@@ -548,6 +582,19 @@ def test_a_name_that_two_models_would_have_is_refused_in_the_bank_too(chatty, tm
     assert isinstance(bank, AdapterBank) and bank.names == ["skill-0"]
 
 
+def test_an_interrupt_refuses_at_once_and_closes_after_the_grace(monkeypatch):
+    said, closed = [], threading.Event()
+    engine = SimpleNamespace(refusing=False, close=closed.set)
+    engine.refuse = lambda: (said.append("refuse"), setattr(engine, "refusing", True))
+    process = SimpleNamespace(handle_exit=lambda signal, frame: said.append(signal))
+    monkeypatch.setattr(server, "GRACE", 0.01)
+    server.ending(process, engine)
+    process.handle_exit(2, None)
+    assert said == ["refuse", 2] and closed.wait(timeout=20)
+    process.handle_exit(15, None)
+    assert said == ["refuse", 2, 15]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="an interrupt is sent as a signal")
 def test_the_command_serves_and_an_interrupt_ends_it_in_order(base_folder):
     command = [sys.executable, "-m", "minilora", "serve", "--base", str(base_folder.directory), "--port", "0"]
@@ -558,6 +605,7 @@ def test_the_command_serves_and_an_interrupt_ends_it_in_order(base_folder):
         port = int(said.split("127.0.0.1:")[1].split("/")[0])
         body = dict(model=base_folder.name, prompt="The", max_tokens=4)
         assert Client(port).post(COMPLETIONS, body)[0] == 200
+        assert Client(port).send("GET", "/health", Host="evil.example")[0] == 400
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 0 and process.stderr.read() == ""
     finally:
