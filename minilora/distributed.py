@@ -5,11 +5,11 @@ process may compute the part of its own rows:
 
     L = Σ_rows ℓ(row) / count          ∇L = Σ_processes ∇ Σ_its rows ℓ(row) / count
 
-A step in `train.py` calls three functions of this module: for this process's rows (`share`), for the count and the loss
-of all (`total`), and for the sum of the gradients (`sum_gradients`). Every process then clips the same gradient and
-takes the same step, so all keep the same weights, and no weight is ever sent. What is sent is one number for each
-TRAINED parameter and step, twice that at most where there are many processes: this is what LoRA saves on the wire. In
-one process all of these do nothing.
+`train.py` asks this module for this process's rows (`share`), for the count and the loss of all (`total`), for the sum
+of the gradients (`sum_gradients`), and for random numbers of its own (`own_randomness`). Every process then clips the
+same gradient and takes the same step, so all keep the same weights, and no weight is ever sent. What is sent is one
+number for each TRAINED parameter and step, twice that at most where there are many processes: this is what LoRA saves
+on the wire. In one process all of these do nothing.
 
 A base that is too large for one device is cut up (`shard`): each process keeps 1/n of every matrix, and a block's
 matrices are gathered before they are used, in forward and again in backward, and let go afterwards (Zhao 2023, FSDP).
