@@ -416,17 +416,18 @@ def page():
     return report.page()
 
 
-def test_the_ledger_is_on_its_page_and_the_readme_has_the_short_of_it(page):
+def test_the_ledger_is_on_its_page_and_the_short_of_it_where_it_is_read(page):
     written = (ledger.DATA.parent / report.PAGE).read_text(encoding="utf-8")
     assert written == page, f"{report.PAGE} is not what `python -m minilora claims` prints; write it anew"
-    readme = (ledger.DATA.parent / "README.md").read_text(encoding="utf-8")
-    for table in (report.overview(), report.headlines()):
-        assert table in readme, f"this should stand in the README:\n{table}"
+    count = f"{len(ledger.CLAIMS)} claims"
+    for name, said in (("README.md", report.headlines()), ("README.md", count), (report.GUIDE, report.overview())):
+        text = re.sub(r"\s+", " ", (ledger.DATA.parent / name).read_text(encoding="utf-8"))
+        assert re.sub(r"\s+", " ", said) in text, f"this should stand in {name}:\n{said}"
 
 
-def test_the_readme_links_to_sections_that_the_page_has(page):
+def test_the_overview_links_to_sections_that_the_page_has(page):
     """GitHub's anchor of a heading: in small letters, hyphens for blanks, nothing else but letters and digits."""
     headings = [line[3:] for line in page.splitlines() if line.startswith("## ")]
     anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    linked = set(re.findall(rf"\({report.PAGE}#(.*?)\)", report.overview()))
+    linked = set(re.findall(rf"\(\.\./{report.PAGE}#(.*?)\)", report.overview()))
     assert linked == anchors and len(linked) == len(ledger.FAMILIES), f"only on one side: {linked ^ anchors}"

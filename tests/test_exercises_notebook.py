@@ -35,6 +35,8 @@ def test_an_exercise_has_its_cells(number):
         "A question to answer in words",
     ]
     assert EXERCISES[number].answer in below
+    asked = [name for names in EXERCISES[number].modules.values() for name in names]
+    assert (notebook.OF_A_CLASS in task) == any("." in name for name in asked), asked
 
 
 def test_the_stub_is_not_attempted_and_the_answer_right_or_wrong(shell, capsys):

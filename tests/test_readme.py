@@ -1,4 +1,4 @@
-"""The README's commands exist, and its numbers are those on record: what a newcomer types is understood."""
+"""The commands of the README and of its pages exist, and their numbers are those on record."""
 
 import json
 import re
@@ -27,13 +27,16 @@ VARIANTS = {  # of data/variants/dialect.json, by their names in the README
     "prefix, 16 tokens": "prefix",
     "soft prompt, 16 tokens": "soft-prompt",
 }
-README = (
-    (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-)  # one command a line
+ROOT = Path(__file__).parents[1]
+PAGES = {  # by path, one command a line
+    path: path.read_text(encoding="utf-8").replace("\\\n", " ")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+README, ALL = PAGES[ROOT / "README.md"], "\n".join(PAGES.values())
 FIRST_SCREEN, REAL_MODEL = README.split("## A real language model", 1)
 SETUP = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && "
-COMMANDS = re.findall(r"^(?:\S.* && )?python -m minilora(?: +(.*))?$", README, re.MULTILINE)
-EXERCISES = re.findall(r"^python -m minilora.exercises +(.*)$", README, re.MULTILINE)
+COMMANDS = re.findall(r"^(?:\S.* && )?python -m minilora(?: +(.*))?$", ALL, re.MULTILINE)
+EXERCISES = re.findall(r"^python -m minilora.exercises +(.*)$", ALL, re.MULTILINE)
 
 
 def test_two_commands_do_all_the_set_up():
@@ -58,10 +61,22 @@ def test_readme_shows_every_verb_of_the_exercises_and_they_parse():
     assert set(shown) == {verb.get_default("run") for verb in verbs}
 
 
-def test_linked_files_exist():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    missing = [link for link in links if not (Path(__file__).parents[1] / link).exists()]
-    assert links and not missing, f"the README links to what is not there: {missing}"
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "data/claims/README.md", ROOT / "data/gpu/README.md"], ids=str)
+def test_linked_files_and_headings_exist(page):
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        name, _, heading = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), f"{page.name} links to {link}, which is not there"
+        headings = re.findall(r"^#+ +(.*)$", target.read_text(encoding="utf-8"), re.MULTILINE) if heading else []
+        anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings]
+        assert not heading or heading in anchors, f"{page.name} links to {link}; the headings there are {anchors}"
+
+
+def test_the_readme_names_every_page():
+    missing = [page.name for page in PAGES if page.parent.name == "docs" and f"](docs/{page.name})" not in README]
+    assert not missing, f"the README does not link to docs/{', docs/'.join(missing)}"
 
 
 def test_first_screen_shows_formula_figure_and_the_command_that_prints_the_first_table():
@@ -85,7 +100,7 @@ def test_python_block_prints_what_it_says(capsys):
 
 def table_after(words: str) -> list[list[str]]:
     """The rows of the first table whose heading has these words, cell by cell."""
-    lines = README[README.index(words) :].splitlines()[2:]
+    lines = ALL[ALL.index(words) :].splitlines()[2:]
     rows = [line for line in lines[: next(n for n, line in enumerate(lines) if not line.startswith("|"))]]
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
@@ -169,3 +184,12 @@ def test_the_bytes_on_the_wire_are_the_stored_ones():
         way = name.removeprefix("SmolLM2, ")
         expected = [f"{sent[f'{method}, {way}']:.1f}" for method in ("full", "lora", "qlora")]
         assert cells == expected, f"{name}: stored {expected}, the README says {cells}"
+
+
+def test_the_short_table_of_speed_is_the_long_one_s():
+    page = PAGES[ROOT / "docs/speed.md"]
+    ratios = dict(re.findall(r"^(\S.*?) {2,}(\d+\.\d\d) {2,}\d", page, re.MULTILINE))
+    for name, ours, peft in table_after("| over full fine-tuning's step |"):
+        assert ours == ratios[f"step, {name}"], f"{name}: {ratios[f'step, {name}']} on docs/speed.md, README {ours}"
+        theirs = ratios.get("step, PEFT's " + name.replace(" r=8", ""), "")
+        assert peft == theirs, f"PEFT's {name}: {theirs!r} on docs/speed.md, README {peft!r}"

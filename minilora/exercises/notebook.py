@@ -25,6 +25,9 @@ from minilora.exercises.source import definition, is_released, read_module
 from minilora.exercises.telling import tell
 
 Cell = tuple[str, str]  # "markdown" or "code", and the text
+OF_A_CLASS = (
+    "Of a class the cell below has only what you write; `check` puts it into the package's own, which has the rest."
+)
 
 
 def cells(number: int, solved: bool = True, hints: bool = True) -> list[Cell]:
@@ -32,6 +35,8 @@ def cells(number: int, solved: bool = True, hints: bool = True) -> list[Cell]:
     exercise = EXERCISES[number]
     about = f"{'★' * exercise.difficulty} about {exercise.minutes} minutes"
     task = f"### Exercise {number:02d}: {exercise.title}\n\n{about}. {exercise.explanation.strip()}"
+    if any("." in name for names in exercise.modules.values() for name in names):
+        task += f"\n\n{OF_A_CLASS}"
     stubs = [bare(attempts.stub(exercise, module, names)) for module, names in exercise.modules.items()]
     below = "\n\n".join(folded(exercise, solved and not is_released(), hints))
     return [("markdown", task), ("code", "\n\n\n".join(stubs)), ("code", f"check({number})"), ("markdown", below)]

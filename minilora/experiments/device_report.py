@@ -1,4 +1,4 @@
-"""The tables of a run on a device, in Markdown, from what its file holds: the screen and the README show the same."""
+"""The tables of a run on a device, in Markdown, from what its file holds: the screen and data/gpu show the same."""
 
 from collections.abc import Callable
 from pathlib import Path

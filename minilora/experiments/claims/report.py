@@ -13,7 +13,8 @@ from minilora.storage.files import replacing
 
 VERDICTS = ("holds", "fails", "depends", "open", "not run")
 PAGE = "data/claims/README.md"  # what `page` says, as the README of the repository links to it
-# Of the page, what whoever asks "how does LoRA really work?" should read first; the README shows these rows.
+GUIDE = "docs/ledger.md"  # how to read it, with what `overview` says
+# Of the page, what whoever asks "how does LoRA really work?" should read first; the README shows the short of these.
 HEADLINES = (
     *("as-full", "targets-qv", "targets-mlp", "rank-8", "rate-any-rank", "again-gain", "capacity-two-bits"),
     *("capacity-enough", "qlora", "forget-less", "forget-rate", "facts-strangers", "few-good", "rl-rank-1"),
@@ -28,8 +29,8 @@ def page() -> str:
         counted = "; ".join(f"{verdict} {number}" for verdict, number in count(family).items())
         head = f"## {subject_of(family)}\n\n{len(family.CLAIMS)} claims: {counted}."
         sections.append(f"{head}\n\n{rows_of(family.CLAIMS)}")
-    about = "What is said about LoRA, and what was measured. How to read this: README.md of the repository, under the"
-    about += " same title.\nWritten by `python -m minilora claims`, from the runs in this folder."
+    about = f"What is said about LoRA, and what was measured. How to read this: [{GUIDE}](../../{GUIDE})."
+    about += "\nWritten by `python -m minilora claims`, from the runs in this folder."
     return "\n\n".join([f"# The ledger\n\n{about}", *sections]) + "\n"
 
 
@@ -40,12 +41,18 @@ def overview() -> str:
         subject, counted = subject_of(family), count(family)
         anchor = "".join(sign for sign in subject.lower() if sign.isalnum() or sign in " -").replace(" ", "-")
         numbers = " | ".join(str(counted.get(verdict, "")) for verdict in VERDICTS)
-        rows.append(f"| [{subject}]({PAGE}#{anchor}) | {len(family.CLAIMS)} | {numbers} |")
+        rows.append(f"| [{subject}](../{PAGE}#{anchor}) | {len(family.CLAIMS)} | {numbers} |")
     return "\n".join(rows)
 
 
 def headlines() -> str:
-    return rows_of([CLAIMS[name] for name in HEADLINES])
+    """Of each of HEADLINES a row: the sentence, what was found, and the number of each study with its interval."""
+    rows = ["| what is said | found | the number of each study (90 % interval) |", "|---|---|---|"]
+    for claim in (CLAIMS[name] for name in HEADLINES):
+        found = [(case, finding(claim, case)) for case in find(claim.name)]
+        numbers = [f"{case.title}: {its.text().partition(';')[0]}" for case, its in found if its]
+        rows.append(f"| {claim.sentence} (`{claim.name}`) | **{verdict_of(claim)}** | {'; '.join(numbers)} |")
+    return "\n".join(rows)
 
 
 def count(family: ModuleType) -> dict[str, int]:
