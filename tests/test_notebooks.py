@@ -4,6 +4,7 @@ import ast
 import inspect
 import json
 import re
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 
@@ -66,6 +67,19 @@ def test_notebook_names_what_there_is(path):
         if isinstance(node, ast.Call) and (problem := misfit(value_of(node.func, known), node)):
             faults.append(f"{ast.unparse(node)}: {problem}")
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_source_that_a_notebook_prints_is_today_s(path):
+    """By `print(inspect.getsource(name))`, or without its docstring by the notebook's own `show(name, name)`."""
+    known = imported(ast.parse("\n\n".join(code_of(path))))
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        printed = "".join(line for out in cell.get("outputs", []) for line in out.get("text", []))
+        for names in re.findall(r"^(?:print\(inspect\.getsource|show)\(([\w., ]+)\)", "".join(cell["source"]), re.M):
+            for module, _, rest in (name.partition(".") for name in names.split(", ")):
+                source = inspect.getsource(attrgetter(rest)(known[module]) if rest else known[module])
+                code = source.split('"""')[-1].strip()  # behind the docstring
+                assert code in printed, f"{module}.{rest} is not what the cell shows; run the notebook again"
 
 
 def code_of(path: Path) -> list[str]:
