@@ -72,7 +72,7 @@ def test_notebook_names_what_there_is(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_source_that_a_notebook_prints_is_today_s(path):
     """By `print(inspect.getsource(name))`, or without its docstring by the notebook's own `show(name, name)`."""
-    known = imported(ast.parse("\n\n".join(code_of(path))))
+    known = all_imported(ast.parse("\n\n".join(code_of(path))))
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         printed = "".join(line for out in cell.get("outputs", []) for line in out.get("text", []))
         for names in re.findall(r"^(?:print\(inspect\.getsource|show)\(([\w., ]+)\)", "".join(cell["source"]), re.M):
@@ -87,11 +87,17 @@ def code_of(path: Path) -> list[str]:
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
-def imported(tree: ast.Module) -> dict[str, object]:
-    """What the import lines bind, without the names that the notebook binds once more itself."""
+def all_imported(tree: ast.Module) -> dict[str, object]:
+    """What the import lines bind."""
     lines = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     known: dict[str, object] = {}
     exec(compile(ast.Module(lines, type_ignores=[]), "<imports>", "exec"), known)
+    return known
+
+
+def imported(tree: ast.Module) -> dict[str, object]:
+    """The same without the names that the notebook binds once more itself."""
+    known = all_imported(tree)
     own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     own |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
     own |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
