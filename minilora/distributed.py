@@ -36,6 +36,7 @@ from minilora.linear4bit import Linear4bit, quantized_layers
 Number = TypeVar("Number", int, Tensor)
 BUCKET = 2**22  # numbers that are sent at once: enough that few messages are needed, few enough to need little memory
 PATIENCE = 5  # seconds in which torchrun ends the other processes when one has failed
+REST = 0.2  # seconds in which gloo's threads let go of the tensors that were sent last
 GONE = ("by peer", "Broken pipe")  # how gloo says that a process no longer answers
 
 
@@ -83,6 +84,7 @@ def processes(device: str) -> Iterator[None]:
     finally:
         if sys.exc_info()[0] is None:  # after a failure the others may never answer
             dist.destroy_process_group()
+            time.sleep(REST)  # they need the interpreter for it: a process that ended at once would be aborted
 
 
 def share(*batch: Tensor) -> tuple[Tensor, ...]:
