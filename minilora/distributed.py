@@ -84,7 +84,9 @@ def processes(device: str) -> Iterator[None]:
     finally:
         if sys.exc_info()[0] is None:  # after a failure the others may never answer
             dist.destroy_process_group()
-            time.sleep(REST)  # they need the interpreter for it: a process that ended at once would be aborted
+            time.sleep(
+                REST
+            )  # gloo's threads need the interpreter for it: a process that ended at once would be aborted
 
 
 def share(*batch: Tensor) -> tuple[Tensor, ...]:

@@ -429,5 +429,5 @@ def test_the_overview_links_to_sections_that_the_page_has(page):
     """GitHub's anchor of a heading: in small letters, hyphens for blanks, nothing else but letters and digits."""
     headings = [line[3:] for line in page.splitlines() if line.startswith("## ")]
     anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    linked = set(re.findall(rf"\(\.\./{report.PAGE}#(.*?)\)", report.overview()))
+    linked = set(re.findall(rf"\((?:\.\./)+{report.PAGE}#(.*?)\)", report.overview()))
     assert linked == anchors and len(linked) == len(ledger.FAMILIES), f"only on one side: {linked ^ anchors}"

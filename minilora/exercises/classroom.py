@@ -9,8 +9,7 @@ from minilora.exercises.catalog import EXERCISES
 from minilora.exercises.notebook import cells
 from minilora.exercises.source import PACKAGE, blank, body_lines, is_released, path_of, read_module
 
-FILES = ("README.md", "LICENSE", "requirements.txt", "pyproject.toml", ".gitignore")
-HANDED_OUT = (*FILES, "data", "docs", "notebooks", "tests")
+HANDED_OUT = ("README.md", "LICENSE", "requirements.txt", "pyproject.toml", ".gitignore", "data", "notebooks", "tests")
 KEPT_BACK = ("exercises", "test_exercises_*.py", "test_notebooks.py")  # of the tests: answers, and what checks those
 NOISE = ("__pycache__", ".ipynb_checkpoints", "*.egg-info", "*.pyc")
 TELLING = 16  # characters from which on a line says something

@@ -109,7 +109,7 @@ class PreparedLinear:
         return y.T.view(*x.shape[:-1], -1)
 
     def __reduce__(self):
-        """For `copy` and `pickle`: a model that is copied during a pass gets the layer's own forward."""
+        """For `copy.deepcopy`: a model that is copied during a pass gets the layer's own forward."""
         return getattr, (self.plain.__self__, "forward")
 
 

@@ -13,7 +13,7 @@ from minilora.storage.files import replacing
 
 VERDICTS = ("holds", "fails", "depends", "open", "not run")
 PAGE = "data/claims/README.md"  # what `page` says, as the README of the repository links to it
-GUIDE = "docs/ledger.md"  # how to read it, with what `overview` says
+GUIDE = "minilora/experiments/claims/README.md"  # how to read it, with what `overview` says
 # Of the page, what whoever asks "how does LoRA really work?" should read first; the README shows the short of these.
 HEADLINES = (
     *("as-full", "targets-qv", "targets-mlp", "rank-8", "rate-any-rank", "again-gain", "capacity-two-bits"),
@@ -29,7 +29,8 @@ def page() -> str:
         counted = "; ".join(f"{verdict} {number}" for verdict, number in count(family).items())
         head = f"## {subject_of(family)}\n\n{len(family.CLAIMS)} claims: {counted}."
         sections.append(f"{head}\n\n{rows_of(family.CLAIMS)}")
-    about = f"What is said about LoRA, and what was measured. How to read this: [{GUIDE}](../../{GUIDE})."
+    guide = f"[the page on the ledger](../../{GUIDE})"
+    about = f"What is said about LoRA, and what was measured. How to read this: {guide}."
     about += "\nWritten by `python -m minilora claims`, from the runs in this folder."
     return "\n\n".join([f"# The ledger\n\n{about}", *sections]) + "\n"
 
@@ -41,7 +42,7 @@ def overview() -> str:
         subject, counted = subject_of(family), count(family)
         anchor = "".join(sign for sign in subject.lower() if sign.isalnum() or sign in " -").replace(" ", "-")
         numbers = " | ".join(str(counted.get(verdict, "")) for verdict in VERDICTS)
-        rows.append(f"| [{subject}](../{PAGE}#{anchor}) | {len(family.CLAIMS)} | {numbers} |")
+        rows.append(f"| [{subject}](../../../{PAGE}#{anchor}) | {len(family.CLAIMS)} | {numbers} |")
     return "\n".join(rows)
 
 
